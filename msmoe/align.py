@@ -1,0 +1,123 @@
+"""Neuron alignment: find the order of an expert's hidden neurons that lines it up with a reference, and apply it.
+
+Weight matching is Git Re-Basin's (arXiv 2209.04836, section 3.2), exact here because an expert has one hidden axis;
+activation matching correlates hidden units over tokens. ReLU neurons can also be scaled to a canonical form first.
+
+Shapes: M members, T tokens, F d_ff, D d_model.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from msmoe.families import Expert
+from msmoe.similarity import standardise
+
+Alignment = Literal["weight", "activation", "none"]
+
+
+@dataclass(frozen=True)
+class Match:
+    """Result of matching one expert to a reference.
+
+    Attributes:
+        permutation: (F,) int64; `target.permuted(permutation)` lines up with the reference.
+        before, after: the objective under the identity and under the permutation; after >= before.
+    """
+
+    permutation: Tensor
+    before: float
+    after: float
+
+    @property
+    def share_moved(self) -> float:
+        return float((self.permutation != torch.arange(len(self.permutation))).double().mean())
+
+
+def match_cost(cost: Tensor) -> Match:
+    """Maximise the summed cost of a one-to-one match of rows with columns.
+
+    If the best columns of all rows differ, they are the optimum and no assignment is solved: so it is for experts
+    that differ by a permutation and some noise.
+
+    Args:
+        cost: (F, F) float32 or float64.
+    """
+    best = cost.argmax(1)
+    if len(best.unique()) < len(best):
+        _, columns = linear_sum_assignment(cost.numpy(), maximize=True)
+        best = torch.from_numpy(columns)
+    before = float(cost.diagonal().double().sum())
+    after = float(cost.gather(1, best[:, None]).double().sum())
+    if after <= before:  # equally good: do not move
+        return Match(torch.arange(len(cost)), before, before)
+    return Match(best, before, after)
+
+
+def weight_cost(reference: Expert, target: Expert) -> Tensor:
+    """Inner products (F, F) between neurons, over both matrices: wi_ref wi^T + wo_ref^T wo."""
+    cost = reference.wi @ target.wi.T
+    return cost.addmm_(reference.wo.T, target.wo)
+
+
+def match_weights(reference: Expert, target: Expert) -> Match:
+    """Find the neuron order of `target` that lines it up best with `reference`.
+
+    Maximises <W_ref, P W_tgt> over permutations P of the hidden axis, over both matrices.
+
+    Raises:
+        ValueError: if the two experts differ in shape.
+    """
+    if reference.wi.shape != target.wi.shape or reference.wo.shape != target.wo.shape:
+        raise ValueError(f"experts differ in shape: {tuple(reference.wi.shape)} and {tuple(target.wi.shape)}")
+    return match_cost(weight_cost(reference, target))
+
+
+def match_activations(reference: Expert, target: Expert, inputs: Tensor) -> Match:
+    """Match hidden units by their correlation over tokens (arXiv 2305.03053).
+
+    Units that are constant on the tokens are matched among the leftovers by weights. With fewer than two tokens
+    nothing is moved.
+
+    Args:
+        inputs: (T, D) tokens routed to either expert.
+    """
+    if len(inputs) < 2:
+        return Match(torch.arange(len(reference.wi)), 0.0, 0.0)
+    hidden = standardise(reference.hidden(inputs)), standardise(target.hidden(inputs))
+    correlation = hidden[0].T @ hidden[1]
+    match = match_cost(correlation)
+    constant_ref, constant_tgt = (h.abs().amax(0) == 0 for h in hidden)
+    rows = torch.nonzero(constant_ref | constant_tgt[match.permutation]).flatten()
+    if len(rows) < 2:
+        return match
+    columns = match.permutation[rows]
+    left = match_cost(weight_cost(reference, target)[rows][:, columns]).permutation
+    permutation = match.permutation.clone()
+    permutation[rows] = columns[left]
+    after = float(correlation.gather(1, permutation[:, None]).double().sum())
+    return Match(permutation, match.before, after) if after >= match.after - 1e-6 * abs(match.after) else match
+
+
+def canonical_scale(expert: Expert) -> Expert:
+    """Scale every ReLU neuron so that its rows of wi and wo^T have equal norm; the function does not change.
+
+    relu(c z) = c relu(z) for c > 0, so wi_j c and wo_j / c give the same output. A neuron with a zero side is left.
+    """
+    norm_in, norm_out = expert.wi.norm(dim=1), expert.wo.norm(dim=0)
+    scale = torch.where((norm_in > 0) & (norm_out > 0), (norm_out / norm_in.clamp(min=1e-30)).sqrt(), 1.0)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return Expert(expert.wi * scale[:, None], expert.wo / scale)
+
+
+def match(reference: Expert, target: Expert, *, alignment: Alignment, inputs: Tensor | None = None) -> Match:
+    """Match by the named alignment; `none` is the identity."""
+    if alignment == "weight":
+        return match_weights(reference, target)
+    if alignment == "activation":
+        assert inputs is not None
+        return match_activations(reference, target, inputs)
+    return Match(torch.arange(len(reference.wi)), 0.0, 0.0)

@@ -1,0 +1,44 @@
+"""Token records -> padded batches of similar length.
+
+Shapes: B batch, S source length, S' target length.
+"""
+
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msmoe.calibration.records import TokenRecord
+
+IGNORE = -100  # label of a position that counts for nothing
+
+
+def batch_indices(records: Sequence[TokenRecord], batch_size: int) -> Iterator[list[int]]:
+    """Positions of the records, longest first, `batch_size` at a time."""
+    order = sorted(range(len(records)), key=lambda i: (-len(records[i].input_ids), -len(records[i].labels), i))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def collate(records: Sequence[TokenRecord], *, pad_id: int) -> dict[str, Tensor]:
+    """Right-pad records: `input_ids` (B, S), `attention_mask` (B, S), `labels` (B, S') padded with -100."""
+    inputs = pad([r.input_ids for r in records], pad_id)
+    lengths = torch.tensor([len(r.input_ids) for r in records])
+    mask = (torch.arange(inputs.shape[1]) < lengths[:, None]).long()
+    return {"input_ids": inputs, "attention_mask": mask, "labels": pad([r.labels for r in records], IGNORE)}
+
+
+def pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Stack sequences (B, longest), filled up with `value` on the right."""
+    padded = np.full((len(sequences), max(map(len, sequences))), value, dtype=np.int64)
+    for row, sequence in zip(padded, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return torch.from_numpy(padded)
+
+
+def record_key(record: TokenRecord) -> int:
+    """63-bit identity of a record's content, the same wherever the record stands."""
+    content = np.asarray([*record.input_ids, IGNORE, *record.labels], dtype=np.int64).tobytes()
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,176 @@
+"""Run a model over calibration data with hooks on its routers: checkpoint + data -> stats."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from msmoe.calibration.batches import batch_indices, collate, record_key
+from msmoe.calibration.records import TokenRecord, choose_records, digest_records, read_records, tokenize
+from msmoe.calibration.recorder import Recorder
+from msmoe.calibration.stats import Stats, with_gradients
+from msmoe.checkpoint import Checkpoint
+from msmoe.errors import UserError
+from msmoe.families import Family, family_of
+
+Progress = Callable[[int, int], None]  # (records done, records in all)
+
+
+def profile(
+    checkpoint: str | Path,
+    data: str | Path,
+    *,
+    samples: int = 256,
+    batch_size: int = 16,
+    token_sample: int = 4096,
+    seed: int = 0,
+    gradients: bool = False,
+    device: str = "cpu",
+    max_source_length: int = 512,
+    max_target_length: int = 128,
+    progress: Progress | None = None,
+) -> Stats:
+    """Record how the routers of a checkpoint use their experts on calibration data.
+
+    The model runs in float32 and evaluation mode. Padding never counts. The result does not depend on the batch
+    size or the order of the records, but for logits that tie to float32 rounding.
+
+    Args:
+        checkpoint: checkpoint folder.
+        data: JSON Lines file (see the README), or the name of a `datasets` data set.
+        samples: records used, a seeded choice if the file has more.
+        batch_size: records per forward pass.
+        token_sample: tokens kept per layer for everything that depends on expert outputs.
+        gradients: also record what the `gradient` similarities need: one backward pass, and memory for the
+            gradients of all experts.
+        device: where the model runs.
+        progress: called after each batch with (records done, records in all).
+
+    Raises:
+        UserError: for a checkpoint or data that cannot be used.
+    """
+    source = Checkpoint(checkpoint)
+    family = family_of(source)
+    if samples < 1 or batch_size < 1 or token_sample < 1:
+        raise UserError(f"samples, batch size and token sample must be at least 1, got {samples}, {batch_size}, {token_sample}")
+    records, digest = load_records(
+        source,
+        data,
+        samples=samples,
+        seed=seed,
+        max_source_length=max_source_length,
+        max_target_length=max_target_length,
+    )
+    pad_id = source.config.get("pad_token_id") or 0
+    model = family.load_model(source.path, dtype=torch.float32)
+    check_finite_experts(family, source, model)
+    model.to(device)
+    keys = torch.tensor([record_key(r) for r in records])
+    recorder = Recorder(family, model, sample_size=token_sample, seed=seed)
+    done = 0
+    with torch.inference_mode(), recorder.attached():
+        for chosen in batch_indices(records, batch_size):
+            recorder.records = keys[chosen]
+            batch = {name: t.to(device) for name, t in collate([records[i] for i in chosen], pad_id=pad_id).items()}
+            for recorder.valid in family.forward(model, batch):
+                pass
+            done += len(chosen)
+            if progress:
+                progress(done, len(records))
+    layers = {layer.name: recorder.layers[layer.name].stats() for layer in family.layers(source)}
+    if gradients:
+        batches = [collate([records[i] for i in chosen], pad_id=pad_id) for chosen in batch_indices(records, batch_size)]
+        for name, grams in gradient_grams(family, source, model, batches, device=device).items():
+            layers[name] = with_gradients(layers[name], *grams)
+    num_tokens = sum(len(r.input_ids) + sum(label != -100 for label in r.labels) for r in records)
+    return Stats(
+        layers,
+        data={
+            "source": str(data), "num_records": len(records), "num_tokens": num_tokens, "sha256": digest, "seed": seed,
+            "max_source_length": max_source_length, "max_target_length": max_target_length,
+        },
+        checkpoint={"model_type": source.model_type, "fingerprint": source.fingerprint},
+    )  # fmt: skip
+
+
+def load_records(
+    checkpoint: Checkpoint,
+    data: str | Path,
+    *,
+    samples: int,
+    seed: int,
+    max_source_length: int,
+    max_target_length: int,
+) -> tuple[list[TokenRecord], str]:
+    """Choose and tokenise calibration records; also the SHA-256 of the chosen ones.
+
+    Raises:
+        DataError: for data that cannot be used.
+    """
+    chosen = choose_records(read_records(data), samples, seed=seed)
+    tokenized = tokenize(
+        chosen,
+        load_tokenizer(checkpoint.path),
+        pad_id=checkpoint.config.get("pad_token_id") or 0,
+        vocab_size=checkpoint.config.get("vocab_size"),
+        max_source_length=max_source_length,
+        max_target_length=max_target_length,
+        seed=seed,
+    )
+    return tokenized, digest_records(chosen)
+
+
+def check_finite_experts(family: Family, checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Raise `UserError` naming the first expert tensor of the model with a NaN or infinite value."""
+    for layer in family.layers(checkpoint):
+        for e in range(layer.num_experts):
+            for key in family.expert_keys(layer.name, e):
+                if not model.get_parameter(key).detach().sum().isfinite():
+                    checkpoint.read_finite(key)
+
+
+def load_tokenizer(path: Path):
+    """The checkpoint's tokenizer, or None if it has none."""
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "spiece.model")):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
+
+
+def gradient_grams(
+    family: Family, checkpoint: Checkpoint, model: nn.Module, batches: list[dict[str, Tensor]], *, device: str
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Inner products between the experts' gradients of the summed loss, per layer.
+
+    Returns:
+        layer -> (gram of flat gradients, gram of gradient times weight), both (E, E) float64. An expert without
+        gradient has zero rows.
+    """
+    parameters = dict(model.named_parameters())
+    expert_names = {
+        key
+        for layer in family.layers(checkpoint)
+        for e in range(layer.num_experts)
+        for key in family.expert_keys(layer.name, e)
+    }
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in expert_names)
+    for batch in batches:
+        batch = {name: t.to(device) for name, t in batch.items()}
+        num_targets = (batch["labels"] != -100).sum()
+        (model(**batch).loss * num_targets).backward()
+
+    grams = {}
+    for layer in family.layers(checkpoint):
+        gram = torch.zeros(2, layer.num_experts, layer.num_experts, dtype=torch.float64)
+        for kind in (0, 1):  # wi and wo add up
+            weights = [parameters[family.expert_keys(layer.name, e)[kind]] for e in range(layer.num_experts)]
+            flat = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+            gradient = torch.stack(flat).flatten(1)
+            scaled = gradient * torch.stack([w.detach() for w in weights]).flatten(1)
+            gram += torch.stack([gradient @ gradient.T, scaled @ scaled.T]).double().cpu()
+        grams[layer.name] = gram[0], gram[1]
+    model.zero_grad(set_to_none=True)
+    return grams

@@ -1,0 +1,269 @@
+"""Stats: what calibration saw. Sums over tokens, so two of them add up; `stats.json` and `stats.safetensors`.
+
+Shapes: E experts, D d_model, S sampled tokens.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from msmoe.calibration.sample import TokenSample
+from msmoe.checkpoint import Checkpoint
+from msmoe.errors import UserError
+
+FORMAT = "msmoe-stats/1"
+SUMS = ("soft_mass", "router_logits_gram", "input_sum", "input_abs_sum", "input_square_sum")
+STORED = (*SUMS, "sequence_counts")
+GRADIENT_GRAMS = ("gradient_gram", "weight_gradient_gram")
+SAMPLE_FIELDS = tuple(f.name for f in fields(TokenSample))
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Sums over the valid tokens of one layer.
+
+    Attributes:
+        routed, dispatched: (E,) int64 tokens by routed expert, before and after capacity.
+        gate_mass: (E,) float64 sum of the gate values of each expert's routed tokens.
+        soft_mass: (E,) float64 sum of the router probabilities.
+        router_logits_gram: (E, E) float64 sum of h h^T over router logits h.
+        input_sum, input_abs_sum, input_square_sum: (E, D) float64 sums of x, |x|, x^2 over routed tokens.
+        sequence_counts: (N, E) int32 routed tokens of each of N sequences, rows sorted: what capacity acts on.
+        sample: the token sample, or how to read it.
+        sample_size: the bound under which the sample was drawn.
+        gradient_gram, weight_gradient_gram: (E, E) float64 inner products of the experts' loss gradients, and of
+            gradient times weight; only where asked for.
+    """
+
+    routed: Tensor
+    dispatched: Tensor
+    gate_mass: Tensor
+    soft_mass: Tensor
+    router_logits_gram: Tensor
+    input_sum: Tensor
+    input_abs_sum: Tensor
+    input_square_sum: Tensor
+    sequence_counts: Tensor
+    sample: TokenSample | Callable[[], TokenSample]
+    sample_size: int
+    gradient_gram: Tensor | None = None
+    weight_gradient_gram: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.routed)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.routed.sum())
+
+    @property
+    def dropped(self) -> int:
+        return int((self.routed - self.dispatched).sum())
+
+    @property
+    def usage_frequency(self) -> Tensor:
+        """(E,) float64, sums to 1; uniform for a layer that saw no token."""
+        if self.num_tokens == 0:
+            return torch.full((self.num_experts,), 1 / self.num_experts, dtype=torch.float64)
+        return self.routed.double() / self.num_tokens
+
+    def tokens(self) -> TokenSample:
+        """The token sample, read from disk if need be."""
+        return self.sample() if callable(self.sample) else self.sample
+
+    def __add__(self, other: "LayerStats") -> "LayerStats":
+        if self.gradient_gram is not None or other.gradient_gram is not None:
+            warnings.warn("gradient similarities do not add up: the sum has none", stacklevel=3)
+        size = min(self.sample_size, other.sample_size)
+        sample = TokenSample.concatenate([self.tokens(), other.tokens()]).drawn(size, self.num_experts)
+        sums = {name: getattr(self, name) + getattr(other, name) for name in ("routed", "dispatched", "gate_mass", *SUMS)}
+        sequences = sort_rows(torch.cat([self.sequence_counts, other.sequence_counts]))
+        return LayerStats(**sums, sequence_counts=sequences, sample=sample, sample_size=size)
+
+    def drop_rate(self, expert_map: Tensor, capacity: int) -> float:
+        """Share of routed tokens over capacity if each group of experts had `capacity` places per sequence.
+
+        Args:
+            expert_map: (E,) group of each expert.
+        """
+        groups = torch.zeros(len(self.sequence_counts), int(expert_map.max()) + 1, dtype=torch.int64)
+        groups.index_add_(1, expert_map, self.sequence_counts.long())
+        return float((groups - capacity).clamp(min=0).sum()) / max(self.num_tokens, 1)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Statistics of a checkpoint on calibration data.
+
+    Attributes:
+        layers: MoE layer name -> its sums, in forward order.
+        data: source, num_records, num_tokens and sha256 of the calibration data.
+        checkpoint: model_type and fingerprint of the checkpoint.
+    """
+
+    layers: Mapping[str, LayerStats]
+    data: dict
+    checkpoint: dict[str, str]
+
+    def __add__(self, other: "Stats") -> "Stats":
+        """Statistics of both data sets together.
+
+        Raises:
+            UserError: if they come from different checkpoints.
+        """
+        if self.checkpoint != other.checkpoint:
+            raise UserError("statistics of different checkpoints do not add up (fingerprints differ)")
+        data = {
+            "source": f"{self.data['source']} + {other.data['source']}",
+            "num_records": self.data["num_records"] + other.data["num_records"],
+            "num_tokens": self.data["num_tokens"] + other.data["num_tokens"],
+            "sha256": sha256("".join(sorted([self.data["sha256"], other.data["sha256"]])).encode()).hexdigest(),
+        }
+        return Stats({name: layer + other.layers[name] for name, layer in self.layers.items()}, data, self.checkpoint)
+
+    def check_against(self, checkpoint: Checkpoint) -> None:
+        """Raise `UserError` if the statistics are of another checkpoint."""
+        if self.checkpoint.get("fingerprint") != checkpoint.fingerprint:
+            raise UserError(f"the statistics are of another checkpoint than {checkpoint.path} (fingerprints differ)")
+
+    def describe(self) -> dict:
+        """Content of `stats.json`."""
+        layers = {
+            name: {
+                "num_experts": layer.num_experts,
+                "num_tokens": layer.num_tokens,
+                "routed": layer.routed.tolist(),
+                "dispatched": layer.dispatched.tolist(),
+                "dropped": layer.dropped,
+                "usage_frequency": layer.usage_frequency.tolist(),
+                "gate_mass": layer.gate_mass.tolist(),
+                "sample_size": layer.sample_size,
+            }
+            for name, layer in self.layers.items()
+        }
+        return {"format": FORMAT, "data": self.data, "checkpoint": self.checkpoint, "layers": layers}
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the sums and the identity of the sampled tokens."""
+        digest = sha256(json.dumps(self.describe() | {"data": self.data["sha256"]}).encode())
+        for layer in self.layers.values():
+            digest.update(layer.router_logits_gram.numpy().tobytes())
+            digest.update(layer.tokens().key.numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write the statistics directory, complete or not at all.
+
+        Raises:
+            UserError: if it exists and `force` is not given, or cannot be written.
+        """
+        path = Path(path)
+        if path.exists() and not force:
+            raise UserError(f"{path} exists; use --force to replace it")
+        tensors = {}
+        for name, layer in self.layers.items():
+            for key in (*STORED, *GRADIENT_GRAMS):
+                if (value := getattr(layer, key)) is not None:
+                    tensors[f"{name}/{key}"] = value.contiguous()
+            sample = layer.tokens()
+            for key in SAMPLE_FIELDS:
+                tensors[f"{name}/sample/{key}"] = getattr(sample, key).contiguous()
+            tensors[f"{name}/sample/weight"] = sample.weights(layer.dispatched)
+            tensors[f"{name}/sample/held_out"] = sample.held_out
+        partial = path.with_name(f"{path.name}.partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            save_file(tensors, partial / "stats.safetensors")
+            (partial / "stats.json").write_text(json.dumps(self.describe(), indent=1) + "\n", encoding="utf-8")
+            if path.exists():
+                shutil.rmtree(path)
+            os.rename(partial, path)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(f"cannot write {path}: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Stats":
+        """Read a statistics directory; token samples stay on disk until they are asked for.
+
+        Raises:
+            UserError: if it is missing, truncated or no statistics directory.
+        """
+        path = Path(path)
+        try:
+            content = json.loads((path / "stats.json").read_text(encoding="utf-8"))
+            if content.get("format") != FORMAT:
+                raise UserError(f"{path} is not a statistics directory of format {FORMAT}")
+            file = path / "stats.safetensors"
+            layers = {name: _load_layer(file, name, entry) for name, entry in content["layers"].items()}
+            return cls(layers, content["data"], content["checkpoint"])
+        except OSError as error:
+            raise UserError(f"{path} is not a statistics directory: {error}") from error
+        except (KeyError, AttributeError, ValueError, TypeError, SafetensorError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path} holds damaged statistics: {error}") from error
+
+    def to_frame(self):
+        """One row per (layer, expert): routed, dispatched, usage_frequency, gate_mass, soft_mass (a pandas DataFrame)."""
+        import pandas as pd
+
+        return pd.concat(
+            pd.DataFrame(
+                {
+                    "layer": name,
+                    "expert": range(layer.num_experts),
+                    "routed": layer.routed.numpy(),
+                    "dispatched": layer.dispatched.numpy(),
+                    "usage_frequency": layer.usage_frequency.numpy(),
+                    "gate_mass": layer.gate_mass.numpy(),
+                    "soft_mass": layer.soft_mass.numpy(),
+                }
+            )
+            for name, layer in self.layers.items()
+        ).reset_index(drop=True)
+
+
+def _load_layer(file: Path, name: str, entry: dict) -> LayerStats:
+    def read_sample() -> TokenSample:
+        with safe_open(file, "pt") as tensors:
+            return TokenSample(*(tensors.get_tensor(f"{name}/sample/{key}") for key in SAMPLE_FIELDS))
+
+    with safe_open(file, "pt") as tensors:
+        stored = {key: tensors.get_tensor(f"{name}/{key}") for key in STORED}
+        names = set(tensors.keys())
+        grams = {key: tensors.get_tensor(f"{name}/{key}") for key in GRADIENT_GRAMS if f"{name}/{key}" in names}
+    return LayerStats(
+        routed=torch.tensor(entry["routed"]),
+        dispatched=torch.tensor(entry["dispatched"]),
+        gate_mass=torch.tensor(entry["gate_mass"], dtype=torch.float64),
+        **stored,
+        **grams,
+        sample=read_sample,
+        sample_size=int(entry["sample_size"]),
+    )
+
+
+def with_gradients(layer: LayerStats, gradient_gram: Tensor, weight_gradient_gram: Tensor) -> LayerStats:
+    """The same statistics with the Gram matrices (E, E) of the experts' loss gradients."""
+    return replace(layer, gradient_gram=gradient_gram, weight_gradient_gram=weight_gradient_gram)
+
+
+def sort_rows(matrix: Tensor) -> Tensor:
+    """Rows of an integer matrix in lexicographic order."""
+    return matrix[torch.from_numpy(np.lexsort(matrix.numpy().T[::-1]))]

@@ -1,0 +1,6 @@
+"""Checkpoints on disk: a lazy safetensors reader and a sharded, atomic, resumable writer."""
+
+from msmoe.checkpoint.reader import Checkpoint, TensorSpec, to_dtype
+from msmoe.checkpoint.writer import CheckpointWriter
+
+__all__ = ["Checkpoint", "CheckpointWriter", "TensorSpec", "to_dtype"]

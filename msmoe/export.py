@@ -1,0 +1,148 @@
+"""Layout of the output: which tensors it holds and where each comes from, before anything is computed.
+
+`exact` keeps the original router and a map from experts to stored groups; `native` is a stock checkpoint with fewer
+experts; `dense` folds single experts into a plain feed-forward model.
+
+Shapes: E experts, G groups, D d_model, F d_ff.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from msmoe.checkpoint import Checkpoint, TensorSpec
+from msmoe.errors import UserError
+from msmoe.families import Expert, Family, MoELayer
+from msmoe.plan import LayerPlan, Plan
+
+EXPORTS = ("exact", "native", "dense")
+
+
+class Slot(NamedTuple):
+    """A tensor of the output, or the slice `index` of its leading axis."""
+
+    tensor: str
+    index: int | None = None
+
+
+class GroupSlots(NamedTuple):
+    """Where a merged expert goes."""
+
+    wi: Slot
+    wo: Slot
+
+
+@dataclass
+class Export:
+    """Layout of an output checkpoint.
+
+    Attributes:
+        tensors: every tensor of the output, in order.
+        copies: (slot, input tensor) pairs filled with unchanged bytes.
+        merged: (layer, position in the plan's groups) -> slots of an expert to be computed.
+        routers: layer -> tensor of G router rows to be computed (`native`).
+        maps: layer -> tensor of the map from experts to stored groups (`exact`).
+        config: content of `config.json`.
+    """
+
+    kind: str
+    config: dict
+    tensors: list[TensorSpec] = field(default_factory=list)
+    copies: list[tuple[Slot, str]] = field(default_factory=list)
+    merged: dict[tuple[str, int], GroupSlots] = field(default_factory=dict)
+    routers: dict[str, str] = field(default_factory=dict)
+    maps: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the output; the expert maps are indices, not parameters."""
+        maps = set(self.maps.values())
+        return sum(spec.num_parameters for spec in self.tensors if spec.name not in maps)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(spec.num_bytes for spec in self.tensors)
+
+    def add_copy(self, source: TensorSpec, name: str) -> None:
+        self.tensors.append(TensorSpec(name, source.dtype, source.shape))
+        self.copies.append((Slot(name), source.name))
+
+    def add_expert(self, names: Expert, layer: MoELayer, *, stacked: int | None = None) -> None:
+        axes = () if stacked is None else (stacked,)
+        self.tensors.append(TensorSpec(names.wi, layer.dtype, (*axes, layer.d_ff, layer.d_model)))
+        self.tensors.append(TensorSpec(names.wo, layer.dtype, (*axes, layer.d_model, layer.d_ff)))
+
+
+def build_export(kind: str, family: Family, checkpoint: Checkpoint, plan: Plan) -> Export:
+    """Lay out the output of a plan.
+
+    Raises:
+        UserError: for an unknown export, or a plan that the export cannot store.
+    """
+    if kind not in EXPORTS:
+        raise UserError(f"unknown export {kind!r}; choose one of {', '.join(EXPORTS)}")
+    layers = family.layers(checkpoint)
+    plans = {layer.name: plan.layers.get(layer.name) or LayerPlan.identity(layer.num_experts) for layer in layers}
+    num_groups = {name: len(layer_plan.groups) for name, layer_plan in plans.items()}
+    for name, layer_plan in plans.items():
+        if layer_plan.removed:
+            raise UserError(f"the plan removes expert {layer_plan.removed[0]} of {name}; only merging can be applied")
+    _check_storable(kind, family, checkpoint, num_groups)
+    if kind == "exact":
+        export = Export(kind, family.exact_config(checkpoint.config, num_groups))
+    elif kind == "native":
+        export = Export(kind, family.native_config(checkpoint.config, next(iter(num_groups.values()))))
+    else:
+        export = Export(kind, family.dense_config(checkpoint.config))
+
+    handled = {key for layer in layers for e in range(layer.num_experts) for key in family.expert_keys(layer.name, e)}
+    if kind == "native":
+        handled |= {family.router_key(layer.name) for layer in layers if num_groups[layer.name] < layer.num_experts}
+    elif kind == "dense":
+        handled |= {key for layer in layers for key in (family.router_key(layer.name), family.router_bias_key(layer.name))}
+    for name in checkpoint:
+        if name not in handled:
+            export.add_copy(checkpoint.spec(name), family.dense_name(name) if kind == "dense" else name)
+    for layer in layers:
+        _add_layer(export, family, checkpoint, layer, plans[layer.name])
+    return export
+
+
+def _check_storable(kind: str, family: Family, checkpoint: Checkpoint, num_groups: dict[str, int]) -> None:
+    if kind == "exact":
+        return
+    if kind == "dense" and set(num_groups.values()) != {1}:
+        raise UserError("--export dense needs one expert in every MoE layer: plan with --experts 1 --keep-layer none")
+    if len(set(num_groups.values())) > 1:
+        shown = ", ".join(f"{name} {count}" for name, count in num_groups.items())
+        raise UserError(
+            "--export native needs the same number of experts in every MoE layer: plan with "
+            f"--budget uniform --keep-layer none (the plan has {shown})"
+        )
+    if kind == "native" and any(family.router_bias_key(name) in checkpoint for name in num_groups):
+        raise UserError("--export native does not support router biases: use --export exact")
+
+
+def _add_layer(export: Export, family: Family, checkpoint: Checkpoint, layer: MoELayer, plan: LayerPlan) -> None:
+    count = len(plan.groups)
+    stacked = family.stacked_keys(layer.name)
+    if export.kind == "exact":
+        export.add_expert(stacked, layer, stacked=count)
+        export.maps[layer.name] = family.expert_map_key(layer.name)
+        export.tensors.append(TensorSpec(export.maps[layer.name], "I64", (layer.num_experts,)))
+    elif export.kind == "native" and count < layer.num_experts:
+        router = checkpoint.spec(family.router_key(layer.name))
+        export.routers[layer.name] = router.name
+        export.tensors.append(TensorSpec(router.name, router.dtype, (count, layer.d_model)))
+
+    for index, g in enumerate(plan.stored_order):
+        if export.kind == "exact":
+            slots = GroupSlots(Slot(stacked.wi, index), Slot(stacked.wo, index))
+        else:
+            names = family.expert_keys(layer.name, index) if export.kind == "native" else family.dense_keys(layer.name)
+            export.add_expert(names, layer)
+            slots = GroupSlots(Slot(names.wi), Slot(names.wo))
+        group = plan.groups[g]
+        if len(group.members) == 1 and export.kind != "dense":
+            export.copies += zip(slots, family.expert_keys(layer.name, group.dominant), strict=True)
+        else:
+            export.merged[layer.name, g] = slots

@@ -1,0 +1,135 @@
+"""What an architecture must say about itself: where its MoE layers are, how they route, how they are stored.
+
+Shapes: B batch, S sequence, T tokens, E experts, D d_model, F d_ff.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from msmoe.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One MoE layer of a checkpoint, named by its module path."""
+
+    name: str
+    num_experts: int
+    d_model: int
+    d_ff: int
+    dtype: str  # safetensors name of the experts' dtype
+
+
+class Expert(NamedTuple):
+    """A ReLU feed-forward expert, y = wo relu(wi x): wi (F, D), wo (D, F)."""
+
+    wi: Tensor
+    wo: Tensor
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Hidden activations (T, F) of inputs (T, D)."""
+        return torch.relu(x @ self.wi.T)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.hidden(x) @ self.wo.T
+
+    def permuted(self, permutation: Tensor) -> "Expert":
+        """The same function with its hidden neurons in the order `permutation` (F,)."""
+        return Expert(self.wi[permutation], self.wo[:, permutation])
+
+
+class Routing(NamedTuple):
+    """What a router did with a batch."""
+
+    inputs: Tensor  # (B, S, D)
+    logits: Tensor  # (B, S, E) raw
+    gate: Tensor  # (B, S) softmax probability of the routed expert
+    dispatched: Tensor  # (B, S) bool, False where the expert was over capacity
+
+
+class Family(Protocol):
+    """Adapter of one architecture."""
+
+    model_type: str
+
+    def layers(self, checkpoint: Checkpoint) -> tuple[MoELayer, ...]:
+        """MoE layers in forward order, read from tensor names."""
+        ...
+
+    def default_kept_layers(self, layers: tuple[MoELayer, ...]) -> tuple[str, ...]:
+        """Layers left as they are unless the user says otherwise."""
+        ...
+
+    def expert_keys(self, layer: str, expert: int) -> Expert:
+        """Tensor names of one expert, in the place of its tensors."""
+        ...
+
+    def router_key(self, layer: str) -> str:
+        """Tensor name of the router rows (E, D)."""
+        ...
+
+    def router_bias_key(self, layer: str) -> str:
+        """Tensor name of the router biases (E,), stored by few checkpoints."""
+        ...
+
+    def stacked_keys(self, layer: str) -> Expert:
+        """Tensor names of a layer's experts in the `exact` export: wi (G, F, D), wo (G, D, F)."""
+        ...
+
+    def expert_map_key(self, layer: str) -> str:
+        """Tensor name of the map from experts to stored groups (E,) in the `exact` export."""
+        ...
+
+    def dense_keys(self, layer: str) -> Expert:
+        """Tensor names of the one expert that a layer keeps in the `dense` export."""
+        ...
+
+    def dense_name(self, name: str) -> str:
+        """Name of any other tensor in the `dense` export."""
+        ...
+
+    def exact_config(self, config: dict, num_groups: dict[str, int]) -> dict:
+        """`config.json` of the `exact` export; `num_groups` of every MoE layer."""
+        ...
+
+    def native_config(self, config: dict, num_groups: int) -> dict:
+        """`config.json` of the `native` export."""
+        ...
+
+    def dense_config(self, config: dict) -> dict:
+        """`config.json` of the `dense` export."""
+        ...
+
+    def code_files(self) -> tuple[Path, ...]:
+        """Modelling files that travel with an `exact` checkpoint."""
+        ...
+
+    def load_model(self, path: Path, *, dtype: torch.dtype) -> nn.Module:
+        """The model in evaluation mode."""
+        ...
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Iterator[Tensor]:
+        """Run the stacks of a model over a batch of `input_ids` (B, S) and `labels` (B, S').
+
+        Yields, before each stack runs, the mask (B, S) of the valid tokens of the routers inside it.
+        """
+        ...
+
+    def routers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Layer name -> router module."""
+        ...
+
+    def routing(self, inputs: tuple, outputs: tuple) -> Routing:
+        """Read a router's forward hook."""
+        ...
+
+
+def load_expert(family: Family, checkpoint: Checkpoint, layer: str, expert: int) -> Expert:
+    """One expert's weights in float32; NaN and infinite values raise `UserError` naming the tensor."""
+    keys = family.expert_keys(layer, expert)
+    return Expert(checkpoint.read_finite(keys.wi), checkpoint.read_finite(keys.wo))

@@ -1,0 +1,148 @@
+"""Switch Transformer (`switch_transformers`): encoder and decoder alike, any depth and sparse step."""
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from msmoe.checkpoint import Checkpoint
+from msmoe.errors import UserError
+from msmoe.families.base import Expert, MoELayer, Routing
+
+ROUTER_SUFFIX = "mlp.router.classifier.weight"
+ROUTER_PATTERN = re.compile(rf"((encoder|decoder)\.block\.(\d+)\.layer\.\d+\.mlp){re.escape(ROUTER_SUFFIX[3:])}")
+
+
+class SwitchFamily:
+    """Adapter of transformers' Switch classes.
+
+    Which blocks are sparse is read from the tensor names: the configuration's counts are rounded to a step
+    (4 layers with 3 sparse ones are 4 sparse layers, transformers 5.23).
+    """
+
+    model_type = "switch_transformers"
+
+    def layers(self, checkpoint: Checkpoint) -> tuple[MoELayer, ...]:
+        found = [match for name in checkpoint if (match := ROUTER_PATTERN.fullmatch(name))]
+        found.sort(key=lambda m: (m[2] != "encoder", int(m[3])))
+        layers = []
+        for match in found:
+            name = match[1]
+            num_experts, d_model = checkpoint.spec(match[0]).shape
+            wi = checkpoint.spec(self.expert_keys(name, 0).wi)
+            layer = MoELayer(name, num_experts, d_model, wi.shape[0], wi.dtype)
+            self._check_experts(checkpoint, layer)
+            layers.append(layer)
+        return tuple(layers)
+
+    def _check_experts(self, checkpoint: Checkpoint, layer: MoELayer) -> None:
+        expected = Expert((layer.d_ff, layer.d_model), (layer.d_model, layer.d_ff))
+        for e in range(layer.num_experts):
+            for key, shape in zip(self.expert_keys(layer.name, e), expected, strict=True):
+                spec = checkpoint.spec(key)
+                if spec.shape != shape or spec.dtype not in ("F32", "BF16", "F16"):
+                    raise UserError(f"{key} is {spec.dtype} {spec.shape}, expected a float tensor of shape {shape}")
+            if self.expert_keys(layer.name, e).wi.replace(".weight", ".bias") in checkpoint:
+                raise UserError(f"experts of {layer.name} have biases, which the Switch adapter does not support")
+
+    def default_kept_layers(self, layers: tuple[MoELayer, ...]) -> tuple[str, ...]:
+        return tuple([layer.name for layer in layers if layer.name.startswith("encoder.")][:1])
+
+    def expert_keys(self, layer: str, expert: int) -> Expert:
+        prefix = f"{layer}.experts.expert_{expert}"
+        return Expert(f"{prefix}.wi.weight", f"{prefix}.wo.weight")
+
+    def router_key(self, layer: str) -> str:
+        return f"{layer}.router.classifier.weight"
+
+    def router_bias_key(self, layer: str) -> str:
+        return f"{layer}.router.classifier.bias"
+
+    def stacked_keys(self, layer: str) -> Expert:
+        return Expert(f"{layer}.experts.wi", f"{layer}.experts.wo")
+
+    def expert_map_key(self, layer: str) -> str:
+        return f"{layer}.expert_map"
+
+    def dense_keys(self, layer: str) -> Expert:
+        dense = layer.removesuffix("mlp") + "DenseReluDense"
+        return Expert(f"{dense}.wi.weight", f"{dense}.wo.weight")
+
+    def dense_name(self, name: str) -> str:
+        return name.replace(".mlp.wi.", ".DenseReluDense.wi.").replace(".mlp.wo.", ".DenseReluDense.wo.")
+
+    def exact_config(self, config: dict, num_groups: dict[str, int]) -> dict:
+        return config | {
+            "model_type": "msmoe_switch_transformers",
+            "architectures": ["MsmoeSwitchForConditionalGeneration"],
+            "auto_map": {
+                "AutoConfig": "configuration_msmoe.MsmoeSwitchConfig",
+                "AutoModelForSeq2SeqLM": "modeling_msmoe.MsmoeSwitchForConditionalGeneration",
+            },
+            "moe_layers": num_groups,
+        }
+
+    def native_config(self, config: dict, num_groups: int) -> dict:
+        num_experts, capacity = config.get("num_experts", 8), config.get("expert_capacity", 64)
+        return config | {
+            "num_experts": num_groups,
+            "expert_capacity": math.ceil(capacity * num_experts / num_groups),
+        }
+
+    def dense_config(self, config: dict) -> dict:
+        shared = {
+            "vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_decoder_layers": 12,
+            "num_heads": 12, "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
+            "dropout_rate": 0.1, "layer_norm_epsilon": 1e-6, "initializer_factor": 1.0, "tie_word_embeddings": True,
+            "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "use_cache": True, "dtype": None,
+        }  # fmt: skip
+        kept = {key: config.get(key, default) for key, default in shared.items()}
+        return kept | {
+            "model_type": "t5",
+            "architectures": ["T5ForConditionalGeneration"],
+            "is_encoder_decoder": True,
+            "feed_forward_proj": "relu",
+            "scale_decoder_outputs": kept["tie_word_embeddings"],
+        }
+
+    def code_files(self) -> tuple[Path, ...]:
+        folder = Path(__file__).parent.parent / "modeling"
+        return folder / "configuration_msmoe.py", folder / "modeling_msmoe.py"
+
+    def load_model(self, path: Path, *, dtype: torch.dtype) -> nn.Module:
+        from transformers import SwitchTransformersForConditionalGeneration
+
+        model = SwitchTransformersForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, attn_implementation="eager", use_safetensors=True
+        )
+        return model.eval()
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Iterator[Tensor]:
+        source_mask, target_mask = batch["attention_mask"], batch["labels"] != -100
+        yield source_mask.bool()
+        encoded = model.encoder(input_ids=batch["input_ids"], attention_mask=source_mask)
+        yield target_mask
+        model.decoder(
+            input_ids=model._shift_right(batch["labels"]),
+            encoder_hidden_states=encoded.last_hidden_state,
+            encoder_attention_mask=source_mask,
+            use_cache=False,
+        )
+
+    def routers(self, model: nn.Module) -> dict[str, nn.Module]:
+        return {
+            name.removesuffix(".router"): module
+            for name, module in model.named_modules()
+            if name.endswith(".mlp.router")
+        }
+
+    def routing(self, inputs: tuple, outputs: tuple) -> Routing:
+        dispatch, gate, logits = outputs
+        if (logits.amin() >= 0) & (logits.amax() <= 1) & ((logits.sum(-1) - 1).abs().amax() < 1e-3):
+            raise UserError(
+                "this version of transformers reports router probabilities in place of logits; use 5.23 or later"
+            )
+        return Routing(inputs[0], logits, gate.squeeze(-1), dispatch.any(-1))

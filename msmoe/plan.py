@@ -1,0 +1,191 @@
+"""The plan: what will be done to each layer. A small JSON file that a person can read, edit and diff."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from msmoe.checkpoint import Checkpoint
+from msmoe.errors import UserError
+from msmoe.families import MoELayer
+
+FORMAT = "msmoe-plan/1"
+WEIGHT_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experts that become one: `members` ascending, `weights` in the same order, summing to 1."""
+
+    dominant: int
+    members: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Groups of one layer, ordered by the usage of their dominant expert; `removed` experts belong to none."""
+
+    num_experts: int
+    groups: tuple[Group, ...]
+    removed: tuple[int, ...] = ()
+
+    @classmethod
+    def identity(cls, num_experts: int) -> "LayerPlan":
+        """Every expert alone in its group."""
+        return cls(num_experts, tuple(Group(e, (e,), (1.0,)) for e in range(num_experts)))
+
+    @property
+    def stored_order(self) -> list[int]:
+        """Positions of the groups in the order in which they are stored: by the index of their dominant expert.
+
+        Keeping every expert thus stores the experts in their original order.
+        """
+        return sorted(range(len(self.groups)), key=lambda g: self.groups[g].dominant)
+
+    @property
+    def expert_map(self) -> list[int]:
+        """Expert -> index of its group as stored (E,); -1 for a removed expert."""
+        mapping = [-1] * self.num_experts
+        for index, g in enumerate(self.stored_order):
+            for member in self.groups[g].members:
+                mapping[member] = index
+        return mapping
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done to a checkpoint. Layers not named are copied."""
+
+    method: str
+    parameters: dict[str, Any]
+    seed: int
+    checkpoint: dict[str, str]
+    stats: dict[str, str]
+    layers: dict[str, LayerPlan]
+    predicted: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        content = {
+            "format": FORMAT,
+            "method": self.method,
+            "parameters": self.parameters,
+            "seed": self.seed,
+            "checkpoint": self.checkpoint,
+            "stats": self.stats,
+            "layers": {
+                name: {
+                    "num_experts": layer.num_experts,
+                    "groups": [
+                        {"dominant": g.dominant, "members": list(g.members), "weights": list(g.weights)}
+                        for g in layer.groups
+                    ],
+                    "removed": list(layer.removed),
+                }
+                for name, layer in self.layers.items()
+            },
+            "predicted": self.predicted,
+        }
+        return json.dumps(content, indent=2) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        try:
+            Path(path).write_text(self.to_json(), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read a plan file.
+
+        Raises:
+            UserError: if the file is missing, is no plan, or one of its layers contradicts itself.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is not a readable plan file: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise UserError(f"{path} is not a plan of format {FORMAT}")
+        try:
+            layers = {name: _parse_layer(entry) for name, entry in content["layers"].items()}
+            plan = cls(
+                method=str(content["method"]),
+                parameters=dict(content.get("parameters", {})),
+                seed=int(content.get("seed", 0)),
+                checkpoint=dict(content["checkpoint"]),
+                stats=dict(content.get("stats", {})),
+                layers=layers,
+                predicted=dict(content.get("predicted", {})),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} is not a valid plan: {error!r}") from error
+        for name, layer in plan.layers.items():
+            check_layer(name, layer)
+        return plan
+
+    def check_against(self, checkpoint: Checkpoint, layers: Sequence[MoELayer]) -> None:
+        """Refuse a plan that was made for another checkpoint.
+
+        Raises:
+            UserError: if the fingerprint, a layer name or a number of experts differs.
+        """
+        if self.checkpoint.get("fingerprint") != checkpoint.fingerprint:
+            raise UserError(f"the plan was made for another checkpoint than {checkpoint.path} (fingerprints differ)")
+        known = {layer.name: layer.num_experts for layer in layers}
+        for name, layer in self.layers.items():
+            if name not in known:
+                raise UserError(f"the plan names {name!r}, which is not an MoE layer of {checkpoint.path}")
+            if layer.num_experts != known[name]:
+                raise UserError(f"the plan counts {layer.num_experts} experts in {name}, it has {known[name]}")
+
+    def __str__(self) -> str:
+        lines = [f"{self.method}: {self.predicted.get('num_parameters', 0):,} parameters, "
+                 f"{self.predicted.get('bytes', 0):,} bytes"]  # fmt: skip
+        width = max((len(name) for name in self.layers), default=0)
+        for name, layer in self.layers.items():
+            groups = "  ".join(
+                f"{g.dominant}" + (f"<-{','.join(str(m) for m in g.members if m != g.dominant)}" if len(g.members) > 1 else "")
+                for g in layer.groups
+            )
+            lines.append(f"{name:<{width}}  {layer.num_experts:>3} -> {len(layer.groups):>3}  {groups}")
+        return "\n".join(lines)
+
+
+def _parse_layer(entry: dict) -> LayerPlan:
+    groups = tuple(
+        Group(int(g["dominant"]), tuple(int(m) for m in g["members"]), tuple(float(w) for w in g["weights"]))
+        for g in entry["groups"]
+    )
+    return LayerPlan(int(entry["num_experts"]), groups, tuple(int(e) for e in entry.get("removed", ())))
+
+
+def check_layer(name: str, layer: LayerPlan) -> None:
+    """Check that the groups of a layer are a partition of its experts with weights that sum to 1.
+
+    Raises:
+        UserError: naming the layer and the expert or the sum that is wrong.
+    """
+    if any(part in name for part in ("/", "\\", "..")) or not name.isprintable():
+        raise UserError(f"{name!r} is not a layer name")
+    seen: set[int] = set()
+    for group in layer.groups:
+        if not group.members or len(group.members) != len(group.weights):
+            raise UserError(f"{name}: group of expert {group.dominant} has {len(group.members)} members and "
+                            f"{len(group.weights)} weights")  # fmt: skip
+        if group.dominant not in group.members:
+            raise UserError(f"{name}: dominant expert {group.dominant} is not a member of its group")
+        total = math.fsum(group.weights)
+        if not all(w >= 0 for w in group.weights) or not abs(total - 1) <= WEIGHT_TOLERANCE:
+            raise UserError(f"{name}: weights of the group of expert {group.dominant} sum to {total}, not to 1")
+    for e in [*(m for g in layer.groups for m in g.members), *layer.removed]:
+        if not 0 <= e < layer.num_experts:
+            raise UserError(f"{name}: expert {e} is out of range, experts are 0 to {layer.num_experts - 1}")
+        if e in seen:
+            raise UserError(f"{name}: expert {e} is named twice")
+        seen.add(e)
+    missing = sorted(set(range(layer.num_experts)) - seen)
+    if missing:
+        raise UserError(f"{name}: expert {missing[0]} is in no group and not removed")

@@ -1,0 +1,268 @@
+"""Expert similarity: vectors, Gram matrices or pair values of experts -> a symmetric (E, E) matrix in [0, 1].
+
+Sources: M-SMoE (arXiv 2310.01334) and its published code for the bases; expert outputs from HC-SMoE
+(arXiv 2410.08589). The published `1/(1 + 0.1 ln d)` is not monotone in the distance; `distance` here is.
+
+Shapes: E experts, T tokens, D d_model, F d_ff, N features.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from msmoe.calibration.sample import TokenSample
+from msmoe.calibration.stats import LayerStats
+from msmoe.errors import UserError
+from msmoe.families import Expert
+
+Metric = Literal["cosine", "distance"]
+TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What a similarity basis may look at.
+
+    Attributes:
+        stats: sums of the layer.
+        router: router rows (E, D).
+        expert: loads one expert, float32.
+        seed: for the `random` basis.
+    """
+
+    stats: LayerStats
+    router: Tensor
+    expert: Callable[[int], Expert]
+    seed: int = 0
+
+    @property
+    def num_experts(self) -> int:
+        return self.stats.num_experts
+
+    def experts(self) -> Iterator[Expert]:
+        return (self.expert(e) for e in range(self.num_experts))
+
+
+def gram_similarity(gram: Tensor, *, metric: Metric = "cosine") -> Tensor:
+    """Similarity from inner products.
+
+    `cosine` is (1 + cos) / 2. `distance` is 1 / (1 + d) with d = |x - y|^2 / ((|x|^2 + |y|^2) / 2), scale free.
+    A zero vector is similar to nothing but itself.
+
+    Args:
+        gram: (E, E) inner products.
+
+    Returns:
+        (E, E) float64, symmetric, diagonal 1.
+    """
+    gram = gram.double()
+    square = gram.diagonal().clamp(min=0)
+    if metric == "cosine":
+        norm = square.sqrt()
+        similarity = (1 + gram / (norm[:, None] * norm[None, :]).clamp(min=TINY)) / 2
+    else:
+        mean_square = (square[:, None] + square[None, :]) / 2
+        similarity = 1 / (1 + (2 * mean_square - 2 * gram).clamp(min=0) / mean_square.clamp(min=TINY))
+    dead = square <= 0
+    return finish(similarity.masked_fill(dead[:, None] | dead[None, :], 0.0))
+
+
+def finish(similarity: Tensor) -> Tensor:
+    """Make a similarity exactly symmetric, within [0, 1], with diagonal 1."""
+    similarity = ((similarity + similarity.T) / 2).clamp(0, 1)
+    return similarity.fill_diagonal_(1.0)
+
+
+def vector_similarity(vectors: Tensor, *, metric: Metric = "cosine") -> Tensor:
+    """Similarity (E, E) of feature vectors (E, N)."""
+    vectors = vectors.double()
+    return gram_similarity(vectors @ vectors.T, metric=metric)
+
+
+def streamed_gram(features: Sequence[Tensor] | Iterator[Tensor], num_experts: int) -> Tensor:
+    """Gram matrix (E, E) float64 of flat features, all held once in float32."""
+    stacked = torch.stack([f.flatten().float() for f in features])
+    assert len(stacked) == num_experts
+    gram = torch.zeros(num_experts, num_experts, dtype=torch.float64)
+    for block in stacked.split(1 << 20, dim=1):
+        gram += (block @ block.T).double()
+    return gram
+
+
+def router_logits(view: LayerView, metric: Metric) -> Tensor:
+    return gram_similarity(view.stats.router_logits_gram, metric=metric)
+
+
+def router_weight(view: LayerView, metric: Metric) -> Tensor:
+    return vector_similarity(view.router, metric=metric)
+
+
+def weight(view: LayerView, metric: Metric) -> Tensor:
+    grams = [streamed_gram((expert[kind] for expert in view.experts()), view.num_experts) for kind in (0, 1)]
+    return gram_similarity(grams[0] + grams[1], metric=metric)
+
+
+def feature(view: LayerView, metric: Metric) -> Tensor:
+    return vector_similarity(per_token(view.stats.input_sum, view.stats), metric=metric)
+
+
+def feature_abs(view: LayerView, metric: Metric) -> Tensor:
+    return vector_similarity(per_token(view.stats.input_abs_sum, view.stats), metric=metric)
+
+
+def weight_feature(view: LayerView, metric: Metric) -> Tensor:
+    """wi scaled by the norm of each input column over the expert's tokens (the Wanda product)."""
+    norms = view.stats.input_square_sum.sqrt().float()
+    scaled = (expert.wi * norm for expert, norm in zip(view.experts(), norms, strict=True))
+    return gram_similarity(streamed_gram(scaled, view.num_experts), metric=metric)
+
+
+def router_weight_feature(view: LayerView, metric: Metric) -> Tensor:
+    return vector_similarity(view.router.double() * view.stats.input_square_sum.sum(0).sqrt(), metric=metric)
+
+
+def gradient(view: LayerView, metric: Metric) -> Tensor:
+    return gram_similarity(gradient_gram(view.stats.gradient_gram), metric=metric)
+
+
+def weight_gradient(view: LayerView, metric: Metric) -> Tensor:
+    return gram_similarity(gradient_gram(view.stats.weight_gradient_gram), metric=metric)
+
+
+def expert_output(view: LayerView, metric: Metric) -> Tensor:
+    """Mean output of every expert over the whole token sample (HC-SMoE)."""
+    return vector_similarity(mean_outputs(view), metric=metric)
+
+
+def mean_outputs(view: LayerView) -> Tensor:
+    """Mean output (E, D) of every expert over all sampled tokens, each with the weight it stands for."""
+    sample = view.stats.tokens()
+    weights = sample.weights(view.stats.dispatched)
+    weights = (weights / weights.sum().clamp(min=TINY)).float()
+    return torch.stack([(weights @ expert.hidden(sample.inputs)) @ expert.wo.T for expert in view.experts()])
+
+
+def mse(view: LayerView, metric: Metric) -> Tensor:
+    """Average a pair, compare it with each of the two on its own tokens: 1 / (1 + mean relative error).
+
+    Pairwise by nature: E (E - 1) / 2 forward passes over two experts' tokens.
+    """
+    sample, num_experts = view.stats.tokens(), view.num_experts
+    experts = list(view.experts())
+    inputs = [sample.inputs[sample.expert == e] for e in range(num_experts)]
+    outputs = [expert(x) for expert, x in zip(experts, inputs, strict=True)]
+    similarity = torch.zeros(num_experts, num_experts, dtype=torch.float64)
+    for i in range(num_experts):
+        for j in range(i):
+            average = Expert((experts[i].wi + experts[j].wi) / 2, (experts[i].wo + experts[j].wo) / 2)
+            errors = [relative_error(average(inputs[e]), outputs[e]) for e in (i, j) if len(inputs[e])]
+            similarity[i, j] = similarity[j, i] = 1 / (1 + np.mean(errors)) if len(errors) == 2 else 0.0
+    return finish(similarity)
+
+
+def feature_correlation_lsa(view: LayerView, metric: Metric) -> Tensor:
+    """Mean hidden-unit correlation of a pair under the best one-to-one match of neurons."""
+
+    def value(correlation: Tensor) -> float:
+        rows, columns = linear_sum_assignment(correlation.numpy(), maximize=True)
+        return float((correlation.numpy()[rows, columns].mean() + 1) / 2)
+
+    return hidden_correlation(view, value)
+
+
+def feature_correlation_max(view: LayerView, metric: Metric) -> Tensor:
+    """Mean hidden-unit correlation of a pair, each neuron with its best partner, both ways."""
+
+    def value(correlation: Tensor) -> float:
+        return float((correlation.amax(0).mean() + correlation.amax(1).mean()) / 4 + 0.5)
+
+    return hidden_correlation(view, value)
+
+
+def hidden_correlation(view: LayerView, value: Callable[[Tensor], float]) -> Tensor:
+    """Apply `value` to the correlation (F, F) of each pair's hidden units over the token sample."""
+    sample, num_experts = view.stats.tokens(), view.num_experts
+    hidden = [standardise(expert.hidden(sample.inputs)) for expert in view.experts()]
+    similarity = torch.zeros(num_experts, num_experts, dtype=torch.float64)
+    for i in range(num_experts):
+        for j in range(i):
+            similarity[i, j] = similarity[j, i] = value(hidden[i].T @ hidden[j])
+    return finish(similarity)
+
+
+def random(view: LayerView, metric: Metric) -> Tensor:
+    rng = np.random.default_rng([view.seed, view.num_experts, *view.router.shape])
+    return finish(torch.from_numpy(np.tril(rng.random((view.num_experts,) * 2)) * 2))
+
+
+BASES: dict[str, Callable[[LayerView, Metric], Tensor]] = {
+    "router-logits": router_logits,
+    "router-weight": router_weight,
+    "weight": weight,
+    "feature": feature,
+    "feature.abs": feature_abs,
+    "weight-feature": weight_feature,
+    "router-weight-feature": router_weight_feature,
+    "gradient": gradient,
+    "weight-gradient": weight_gradient,
+    "mse": mse,
+    "feature-correlation.lsa": feature_correlation_lsa,
+    "feature-correlation.max": feature_correlation_max,
+    "expert-output": expert_output,
+    "random": random,
+}
+
+
+def similarity(view: LayerView, *, base: str = "router-logits", metric: Metric = "cosine") -> Tensor:
+    """Similarity (E, E) of a layer's experts, float64, symmetric, diagonal 1, in [0, 1].
+
+    Experts whose vector is zero under the base (they saw no token) are compared by their router rows.
+
+    Args:
+        base: a key of `BASES`.
+        metric: `cosine` or `distance`; the pair-valued bases (mse, feature-correlation, random) have their own.
+
+    Raises:
+        UserError: if the base needs statistics that were not recorded.
+    """
+    result = BASES[base](view, metric)
+    undefined = (result - torch.eye(len(result))).abs().sum(1) == 0
+    if undefined.any() and len(result) > 1 and base != "router-weight":
+        fallback = router_weight(view, metric)
+        either = undefined[:, None] | undefined[None, :]
+        result = torch.where(either, fallback, result)
+    return result
+
+
+def per_token(sums: Tensor, stats: LayerStats) -> Tensor:
+    return sums / stats.routed.clamp(min=1).double()[:, None]
+
+
+def gradient_gram(gram: Tensor | None) -> Tensor:
+    if gram is None:
+        raise UserError("the statistics hold no gradients: profile with --gradients to use this similarity")
+    return gram
+
+
+def relative_error(output: Tensor, target: Tensor) -> float:
+    """|output - target|^2 / |target|^2."""
+    return float((output - target).double().square().sum() / target.double().square().sum().clamp(min=TINY))
+
+
+def standardise(hidden: Tensor) -> Tensor:
+    """Columns of (T, F) centred and scaled to unit norm; a constant column becomes zero."""
+    centred = hidden - hidden.mean(0)
+    norm = centred.norm(dim=0)
+    constant = norm <= 1e-6 * hidden.norm(dim=0).clamp(min=TINY)
+    return (centred / norm.clamp(min=TINY)).masked_fill(constant, 0.0)
+
+
+def sample_of(view: LayerView, experts: Sequence[int]) -> TokenSample:
+    """Sampled tokens routed to any of the experts."""
+    sample = view.stats.tokens()
+    return sample.select(torch.isin(sample.expert, torch.tensor(list(experts))))
