@@ -13,7 +13,6 @@ from typing import Literal
 import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
-from sklearn.cluster import KMeans, SpectralClustering
 from torch import Tensor
 
 from msmoe.errors import UserError
@@ -120,6 +119,8 @@ def kmeans(
     usage: np.ndarray, similarity: np.ndarray, count: int, *, capacity: int | None = None, seed: int = 0
 ) -> np.ndarray:
     """k-means on the rows of the similarity matrix, labels (E,)."""
+    from sklearn.cluster import KMeans
+
     labels = KMeans(count, n_init=10, random_state=seed).fit_predict(similarity)
     return fill_empty(labels, usage, count)
 
@@ -130,6 +131,8 @@ def spectral(
     """Spectral clustering with the similarity as affinity, labels (E,)."""
     if count >= len(usage) - 1:  # the eigenvector solver needs more experts than clusters
         return hierarchical(usage, similarity, count)
+    from sklearn.cluster import SpectralClustering
+
     labels = SpectralClustering(count, affinity="precomputed", random_state=seed).fit_predict(similarity)
     return fill_empty(labels, usage, count)
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,11 +18,12 @@ from msmoe.align import Alignment
 from msmoe.calibration.stats import LayerStats, Stats
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
-from msmoe.export import build_export
+from msmoe.export import EXPORTS, build_export
 from msmoe.families import Family, MoELayer, family_of
 from msmoe.families.base import load_expert
 from msmoe.grouping import GROUPINGS, Budget, group_counts, group_experts
 from msmoe.plan import Group, LayerPlan, Plan
+from msmoe.router import ROUTERS
 from msmoe.similarity import BASES, LayerView, Metric, similarity
 
 Refitting = Literal["none", "independent", "sequential"]
@@ -141,7 +143,7 @@ def plan(
     layers = family.layers(source)
     kept = resolve_kept_layers(family, layers, keep_layers)
     compressible = [layer for layer in layers if layer.name not in kept]
-    counts = check_counts(compressible, [stats.layers[layer.name] for layer in compressible], parameters)
+    counts = check_counts(compressible, [stats.layers[n.name].usage_frequency.numpy() for n in compressible], parameters)
     planned = {
         layer.name: plan_layer(family, source, layer.name, stats.layers[layer.name], count, parameters, seed=seed)
         for layer, count in zip(compressible, counts, strict=True)
@@ -155,6 +157,29 @@ def plan(
         layers=planned,
     )
     return predict(family, source, result, export=export)
+
+
+def check_request(
+    family: Family,
+    checkpoint: Checkpoint,
+    *,
+    method: str,
+    export: str,
+    router: str,
+    keep_layers: list[str] | None,
+    **choices,
+) -> None:
+    """Raise `UserError` for everything about a plan and its export that is wrong whatever calibration will see."""
+    parameters = resolve(method, choices)
+    choose("export", export, EXPORTS)
+    choose("router", router, ROUTERS)
+    layers = family.layers(checkpoint)
+    kept = resolve_kept_layers(family, layers, keep_layers)
+    compressible = [layer for layer in layers if layer.name not in kept]
+    flat = [np.full(layer.num_experts, 1 / layer.num_experts) for layer in compressible]
+    counts = check_counts(compressible, flat, parameters)
+    if export != "exact" and (kept or parameters.budget != "uniform") and set(counts) != {1}:
+        raise UserError(f"--export {export} needs --budget uniform --keep-layer none")
 
 
 def predict(family: Family, checkpoint: Checkpoint, plan: Plan, *, export: str) -> Plan:
@@ -186,7 +211,7 @@ def resolve_kept_layers(family: Family, layers: tuple[MoELayer, ...], names: lis
     return names
 
 
-def check_counts(layers: list[MoELayer], stats: list[LayerStats], parameters: Parameters) -> list[int]:
+def check_counts(layers: list[MoELayer], usage: list[np.ndarray], parameters: Parameters) -> list[int]:
     """Experts kept per layer, everything checked that can be before the work starts."""
     if not layers:
         raise UserError("every MoE layer is kept: nothing to compress")
@@ -196,7 +221,7 @@ def check_counts(layers: list[MoELayer], stats: list[LayerStats], parameters: Pa
             f"--experts must be between 1 and {largest.num_experts} (num_experts of {largest.name}), "
             f"got {parameters.experts:g}"
         )
-    return group_counts([s.usage_frequency.numpy() for s in stats], parameters.experts, budget=parameters.budget)
+    return group_counts(usage, parameters.experts, budget=parameters.budget)
 
 
 def plan_layer(

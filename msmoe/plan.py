@@ -23,6 +23,10 @@ class Group:
     members: tuple[int, ...]
     weights: tuple[float, ...]
 
+    def __str__(self) -> str:
+        others = ",".join(str(m) for m in self.members if m != self.dominant)
+        return f"{self.dominant}<{others}" if others else str(self.dominant)
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -146,10 +150,7 @@ class Plan:
                  f"{self.predicted.get('bytes', 0):,} bytes"]  # fmt: skip
         width = max((len(name) for name in self.layers), default=0)
         for name, layer in self.layers.items():
-            groups = "  ".join(
-                f"{g.dominant}" + (f"<-{','.join(str(m) for m in g.members if m != g.dominant)}" if len(g.members) > 1 else "")
-                for g in layer.groups
-            )
+            groups = "  ".join(map(str, layer.groups))
             lines.append(f"{name:<{width}}  {layer.num_experts:>3} -> {len(layer.groups):>3}  {groups}")
         return "\n".join(lines)
 

@@ -1,1 +1,1 @@
-"""Calibration."""
+"""Calibration: records -> batches -> hooks -> stats."""

@@ -1,0 +1,1 @@
+"""Tasks, metrics and confidence intervals: what a checkpoint is worth after compression."""

@@ -9,19 +9,25 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (SwitchFa
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
-    """Adapter of a checkpoint's architecture.
+    """Adapter of a checkpoint that can be compressed.
 
     Raises:
-        UserError: for an architecture without adapter, or a checkpoint without MoE layer.
+        UserError: for an architecture without adapter, a compressed checkpoint, or one without MoE layer.
     """
-    if checkpoint.model_type not in FAMILIES:
-        raise UserError(
-            f"{checkpoint.path} is of architecture {checkpoint.model_type!r}; supported: {', '.join(FAMILIES)}"
-        )
-    family = FAMILIES[checkpoint.model_type]
+    family = inspectable_family_of(checkpoint)
+    if checkpoint.model_type == family.compressed_model_type:
+        raise UserError(f"{checkpoint.path} is compressed already: start from its original")
     if not family.layers(checkpoint):
-        raise UserError(f"{checkpoint.path} has no MoE layer: nothing to compress")
+        raise UserError(f"{checkpoint.path} is not a Mixture-of-Experts model: it has no router")
     return family
 
 
-__all__ = ["FAMILIES", "Expert", "Family", "MoELayer", "Routing", "family_of"]
+def inspectable_family_of(checkpoint: Checkpoint) -> Family:
+    """Adapter of an original or `exact` checkpoint; `UserError` for an architecture without adapter."""
+    for family in FAMILIES.values():
+        if checkpoint.model_type in (family.model_type, family.compressed_model_type):
+            return family
+    raise UserError(f"{checkpoint.path} is of architecture {checkpoint.model_type!r}; supported: {', '.join(FAMILIES)}")
+
+
+__all__ = ["FAMILIES", "Expert", "Family", "MoELayer", "Routing", "family_of", "inspectable_family_of"]

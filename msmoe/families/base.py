@@ -56,9 +56,18 @@ class Family(Protocol):
     """Adapter of one architecture."""
 
     model_type: str
+    compressed_model_type: str  # of the `exact` export
 
     def layers(self, checkpoint: Checkpoint) -> tuple[MoELayer, ...]:
         """MoE layers in forward order, read from tensor names."""
+        ...
+
+    def stored_layers(self, checkpoint: Checkpoint) -> tuple[tuple[MoELayer, int], ...]:
+        """MoE layers of an original or `exact` checkpoint, each with its number of stored experts."""
+        ...
+
+    def part(self, name: str) -> str:
+        """What a tensor belongs to: experts, routers, attention, embeddings, ..."""
         ...
 
     def default_kept_layers(self, layers: tuple[MoELayer, ...]) -> tuple[str, ...]:

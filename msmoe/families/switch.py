@@ -24,12 +24,11 @@ class SwitchFamily:
     """
 
     model_type = "switch_transformers"
+    compressed_model_type = "msmoe_switch_transformers"
 
     def layers(self, checkpoint: Checkpoint) -> tuple[MoELayer, ...]:
-        found = [match for name in checkpoint if (match := ROUTER_PATTERN.fullmatch(name))]
-        found.sort(key=lambda m: (m[2] != "encoder", int(m[3])))
         layers = []
-        for match in found:
+        for match in self._routers(checkpoint):
             name = match[1]
             num_experts, d_model = checkpoint.spec(match[0]).shape
             wi = checkpoint.spec(self.expert_keys(name, 0).wi)
@@ -37,6 +36,11 @@ class SwitchFamily:
             self._check_experts(checkpoint, layer)
             layers.append(layer)
         return tuple(layers)
+
+    def _routers(self, checkpoint: Checkpoint) -> list[re.Match]:
+        """Router tensors in forward order; group 1 is the layer's name."""
+        found = [match for name in checkpoint if (match := ROUTER_PATTERN.fullmatch(name))]
+        return sorted(found, key=lambda m: (m[2] != "encoder", int(m[3])))
 
     def _check_experts(self, checkpoint: Checkpoint, layer: MoELayer) -> None:
         expected = Expert((layer.d_ff, layer.d_model), (layer.d_model, layer.d_ff))
@@ -47,6 +51,29 @@ class SwitchFamily:
                     raise UserError(f"{key} is {spec.dtype} {spec.shape}, expected a float tensor of shape {shape}")
             if self.expert_keys(layer.name, e).wi.replace(".weight", ".bias") in checkpoint:
                 raise UserError(f"experts of {layer.name} have biases, which the Switch adapter does not support")
+
+    def stored_layers(self, checkpoint: Checkpoint) -> tuple[tuple[MoELayer, int], ...]:
+        if checkpoint.model_type == self.model_type:
+            return tuple((layer, layer.num_experts) for layer in self.layers(checkpoint))
+        stored = []
+        for match in self._routers(checkpoint):
+            num_experts, d_model = checkpoint.spec(match[0]).shape
+            wi = checkpoint.spec(self.stacked_keys(match[1]).wi)
+            stored.append((MoELayer(match[1], num_experts, d_model, wi.shape[1], wi.dtype), wi.shape[0]))
+        return tuple(stored)
+
+    def part(self, name: str) -> str:
+        if ".experts." in name:
+            return "experts"
+        if name.endswith(".expert_map"):
+            return "expert maps"
+        if ".router." in name:
+            return "routers"
+        if "Attention" in name:
+            return "attention"
+        if name.startswith(("shared.", "lm_head.")) or "embed_tokens" in name:
+            return "embeddings"
+        return "dense feed-forward" if ".mlp." in name else "norms"
 
     def default_kept_layers(self, layers: tuple[MoELayer, ...]) -> tuple[str, ...]:
         return tuple([layer.name for layer in layers if layer.name.startswith("encoder.")][:1])
@@ -76,7 +103,7 @@ class SwitchFamily:
 
     def exact_config(self, config: dict, num_groups: dict[str, int]) -> dict:
         return config | {
-            "model_type": "msmoe_switch_transformers",
+            "model_type": self.compressed_model_type,
             "architectures": ["MsmoeSwitchForConditionalGeneration"],
             "auto_map": {
                 "AutoConfig": "configuration_msmoe.MsmoeSwitchConfig",

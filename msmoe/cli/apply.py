@@ -1,0 +1,78 @@
+"""`msmoe apply`"""
+
+from pathlib import Path
+
+import click
+
+from msmoe.cli.console import console, human_bytes, print_json, progress, table
+from msmoe.cli.options import APPLY_OPTIONS, add_options, checkpoint_argument, json_option, parse_size
+
+
+@click.command("apply")
+@checkpoint_argument
+@click.option("--plan", "plan_file", required=True, type=click.Path(path_type=Path), help="Plan file of `msmoe plan`.")
+@click.option("--stats", type=click.Path(path_type=Path), help="Statistics; needed by plans with refit and by --router fit.")
+@click.option("--data", help="Calibration data; needed by plans with sequential refit.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to write.")
+@add_options(APPLY_OPTIONS)
+@json_option
+def command(
+    checkpoint: Path, plan_file: Path, stats: Path | None, data: str | None, out: Path, export: str, router: str,
+    max_shard_size: str, force: bool, resume: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Carry out a plan: write the compressed checkpoint, a few experts in memory at a time.
+
+    \b
+    Example: msmoe apply switch-base-8 --plan plan.json --stats stats --out switch-small
+    """
+    from msmoe.apply import apply
+
+    with progress("merging") as update:
+        report = apply(
+            checkpoint, plan_file, out, stats=stats, data=data, export=export, router=router, force=force,
+            resume=resume, max_shard_bytes=parse_size(max_shard_size), progress=update,
+        )  # fmt: skip
+    print_report(report, as_json=as_json)
+
+
+def print_report(report, *, as_json: bool) -> None:
+    """Per layer: groups merged, neurons moved, held-out error before and after refit, drop rates, router fit.
+
+    Args:
+        report: `msmoe.ApplyReport`.
+    """
+    if as_json:
+        print_json(
+            {
+                "out": str(report.out),
+                "num_parameters": report.num_parameters,
+                "bytes": report.num_bytes,
+                "groups": [group.describe() for group in report.groups],
+                "drop_rates": report.drop_rates,
+                "routers": {n: {"agreement": r.agreement, "gate_error": r.gate_error} for n, r in report.routers.items()},
+            }
+        )
+        return
+    out = console()
+    rows = table("layer", "merged groups", "neurons moved", "error", "refit error", "dropped", "dropped now", "router agrees")
+    for name in dict.fromkeys([g.layer for g in report.groups] + list(report.routers)):
+        groups = [g for g in report.groups if g.layer == name]
+        moved = [match.share_moved for g in groups for match in g.matches.values()]
+        refits = [g.refit for g in groups if g.refit and g.refit.num_held_out]
+        held_out = sum(r.num_held_out for r in refits)
+        before = sum(r.error_before * r.num_held_out for r in refits) / held_out if held_out else None
+        after = sum(r.error_after * r.num_held_out for r in refits) / held_out if held_out else None
+        drop = report.drop_rates.get(name)
+        router = report.routers.get(name)
+        rows.add_row(
+            name,
+            str(len(groups)),
+            f"{sum(moved) / len(moved):.0%}" if moved else "-",
+            f"{before:.3f}" if before is not None else "-",
+            f"{after:.3f}" if after is not None else "-",
+            f"{drop[0]:.2%}" if drop else "-",
+            f"{drop[1]:.2%}" if drop else "-",
+            f"{router.agreement:.1%}" if router else "-",
+        )
+    out.print(rows)
+    out.print(f"wrote {report.out}: {report.num_parameters:,} parameters, {report.num_bytes:,} bytes ({human_bytes(report.num_bytes)})")

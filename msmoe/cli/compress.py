@@ -1,0 +1,75 @@
+"""`msmoe compress`"""
+
+from pathlib import Path
+
+import click
+
+from msmoe.cli.apply import print_report
+from msmoe.cli.console import console, progress, usage_table
+from msmoe.cli.options import (
+    APPLY_OPTIONS,
+    PLAN_OPTIONS,
+    PROFILE_OPTIONS,
+    add_options,
+    checkpoint_argument,
+    choices_of,
+    json_option,
+    parse_size,
+    seed_option,
+)
+from msmoe.cli.plan import print_plan
+from msmoe.cli.profile import warn_unused
+
+
+@click.command("compress")
+@checkpoint_argument
+@click.option("--data", required=True, help="Calibration data: a JSON Lines file, or a datasets name.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to write.")
+@click.option("--method", default="m-smoe-refit", show_default=True, help="A row of `msmoe methods`.")
+@add_options(PLAN_OPTIONS)
+@add_options(PROFILE_OPTIONS)
+@add_options(APPLY_OPTIONS)
+@seed_option
+@json_option
+def command(
+    checkpoint: Path, data: str, out: Path, method: str, samples: int, batch_size: int, token_sample: int,
+    gradients: bool, device: str, max_source_length: int, max_target_length: int, export: str, router: str,
+    max_shard_size: str, force: bool, resume: bool, seed: int, as_json: bool, **options,
+) -> None:  # fmt: skip
+    """Profile, plan and apply in one go. The plan stays in the output as plan.json.
+
+    \b
+    Example: msmoe compress switch-base-8 --data calibration.jsonl --experts 2 --out switch-small
+    """
+    from msmoe.apply import apply
+    from msmoe.calibration.profile import profile
+    from msmoe.checkpoint import Checkpoint
+    from msmoe.errors import UserError
+    from msmoe.families import family_of
+    from msmoe.methods import check_request, plan
+
+    if out.exists() and not force:
+        raise UserError(f"{out} exists; use --force to replace it")
+    shard_bytes = parse_size(max_shard_size)
+    source = Checkpoint(checkpoint)
+    choices = choices_of(options)
+    check_request(family_of(source), source, method=method, export=export, router=router, **choices)
+    with progress("profiling") as update:
+        stats = profile(
+            checkpoint, data, samples=samples, batch_size=batch_size, token_sample=token_sample, seed=seed,
+            gradients=gradients or str(options["similarity"]).endswith("gradient"), device=device,
+            max_source_length=max_source_length, max_target_length=max_target_length, progress=update,
+        )  # fmt: skip
+    warn_unused(stats)
+    result = plan(checkpoint, stats, method=method, seed=seed, export=export, **choices)
+    if not as_json:
+        console().print(usage_table(stats))
+        click.echo()
+        print_plan(result)
+        click.echo()
+    with progress("merging") as update:
+        report = apply(
+            checkpoint, result, out, stats=stats, data=data, export=export, router=router, force=force, resume=resume,
+            max_shard_bytes=shard_bytes, progress=update,
+        )  # fmt: skip
+    print_report(report, as_json=as_json)

@@ -1,0 +1,97 @@
+"""What the subcommands share: tables on stdout, progress bars on stderr, numbers for people."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def console() -> Console:
+    """Console on stdout; a file or a pipe gets lines as long as they need to be."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=200)
+
+
+@contextlib.contextmanager
+def progress(label: str) -> Iterator[Callable[..., None]]:
+    """Progress bar on stderr, off when stderr is no terminal; yields `update(done, total)`."""
+    silence_transformers()
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not Console(stderr=True).is_terminal,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def silence_transformers() -> None:
+    """No progress bars and no advice of the library between our own lines."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def print_json(content: object) -> None:
+    click.echo(json.dumps(content, indent=1))
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """Table whose first column is text and whose others are numbers, right-aligned."""
+    result = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, name in enumerate(columns):
+        result.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    return result
+
+
+def human_bytes(count: int | float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def usage_table(stats) -> Table:
+    """Per-layer expert usage: one bar per expert, entropy, the largest share, dropped tokens.
+
+    Args:
+        stats: `msmoe.Stats`.
+    """
+    result = table("layer", "tokens", "dropped", "largest", "entropy", "unused", title="Expert usage (routed tokens)")
+    result.add_column("usage of experts 0, 1, ...", justify="left", no_wrap=True)
+    for name, layer in stats.layers.items():
+        usage = layer.usage_frequency.numpy()
+        used = usage[usage > 0]
+        entropy = -(used * np.log(used)).sum() / np.log(max(len(usage), 2))
+        result.add_row(
+            Text(name),
+            f"{layer.num_tokens:,}",
+            f"{layer.dropped / max(layer.num_tokens, 1):.1%}",
+            f"{usage.max():.1%}",
+            f"{entropy:.2f}",
+            str(int((layer.routed == 0).sum())),
+            Text(sparkline(usage)),
+        )
+    return result
+
+
+def sparkline(values) -> str:
+    """One block character per value, scaled to the largest; zero is a blank."""
+    largest = max(values) or 1
+    return "".join(BLOCKS[0 if v == 0 else max(1, round(v / largest * 8))] for v in values)

@@ -1,0 +1,77 @@
+"""`msmoe evaluate`"""
+
+from pathlib import Path
+
+import click
+
+from msmoe.cli.console import console, human_bytes, print_json, progress, table
+from msmoe.cli.options import checkpoint_argument, force_option, json_option, seed_option
+
+
+@click.command("evaluate")
+@checkpoint_argument
+@click.option("--data", "tasks", required=True, multiple=True, help="Task file, or a folder of them (repeatable).")
+@click.option("--metrics", help="Comma-separated: exact_match, accuracy, macro_f1, loss. Default: all the data allow.")
+@click.option("--out", type=click.Path(path_type=Path), help="results.json to write.")
+@click.option("--batch-size", default=64, show_default=True, help="Examples per forward pass.")
+@click.option("--samples", type=int, help="Use a seeded choice of this many examples per task.")
+@seed_option
+@force_option
+@json_option
+def command(
+    checkpoint: Path, tasks: tuple[str, ...], metrics: str | None, out: Path | None, batch_size: int,
+    samples: int | None, seed: int, force: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure a checkpoint on tasks, with 95 % bootstrap intervals. Reads originals and all exports.
+
+    \b
+    exact_match  what `generate` writes equals the target; an answer that is no label is wrong
+    accuracy     the label of highest likelihood is the target
+    macro_f1     of the generated answers, averaged over labels
+    loss         cross-entropy per target token
+    Example: msmoe evaluate switch-small --data tasks/sentiment.jsonl --out results.json
+    """
+    from msmoe.errors import UserError
+    from msmoe.evaluate.results import save_results
+    from msmoe.evaluate.run import evaluate
+
+    if out is not None and out.exists() and not force:
+        raise UserError(f"{out} exists; use --force to replace it")
+    files = expand(tasks)
+    wanted = metrics.split(",") if metrics else None
+    results = []
+    for file in files:
+        with progress(Path(file).stem) as update:
+            results.append(
+                evaluate(checkpoint, file, metrics=wanted, batch_size=batch_size, samples=samples, seed=seed, progress=update)
+            )
+    if out is not None:
+        save_results(results, out, force=force)
+    if as_json:
+        print_json([result.describe() for result in results])
+        return
+    names = list(dict.fromkeys(name for result in results for name in result.metrics))
+    rows = table("task", "examples", "majority", *names, "seconds")
+    for r in results:
+        rows.add_row(
+            r.task,
+            f"{next(iter(r.metrics.values())).num_examples:,}",
+            "-" if r.majority_share is None else f"{r.majority_share:.3f}",
+            *[str(r.metrics.get(name, "-")).replace("[", r"\[") for name in names],
+            f"{r.seconds:.1f}",
+        )
+    console().print(rows)
+    first = results[0]
+    console().print(
+        f"{first.num_parameters:,} parameters, {human_bytes(first.num_bytes or 0)}, "
+        f"{first.flops_per_token / 1e6:.1f} MFLOP per token, peak memory {human_bytes(results[-1].peak_memory)}"
+    )
+
+
+def expand(tasks: tuple[str, ...]) -> list[str]:
+    """Task files; a folder stands for its *.jsonl files."""
+    files = []
+    for task in tasks:
+        inside = sorted(str(p) for p in Path(task).glob("*.jsonl")) if Path(task).is_dir() else [task]
+        files += inside
+    return files

@@ -1,0 +1,36 @@
+"""`msmoe methods`"""
+
+from dataclasses import asdict
+
+import click
+
+from msmoe.cli.console import console, print_json, table
+from msmoe.cli.options import json_option
+
+
+@click.command("methods")
+@json_option
+def command(as_json: bool) -> None:
+    """List every method with one line and its source, and the choices that a plan has.
+
+    \b
+    Example: msmoe methods
+    """
+    from msmoe.methods import CHOICES, METHODS
+
+    if as_json:
+        print_json({m.name: {"summary": m.summary, "source": m.source, "defaults": asdict(m.defaults)} for m in METHODS.values()})
+        return
+    rows = table("method")
+    rows.add_column("what it does", justify="left", overflow="fold")
+    rows.add_column("source", justify="left")
+    for method in METHODS.values():
+        rows.add_row(method.name, method.summary, method.source)
+    out = console()
+    out.print(rows)
+    out.print()
+    choices = table("option")
+    choices.add_column("choices", justify="left", overflow="fold")
+    for name, allowed in CHOICES.items():
+        choices.add_row("--" + name.replace("_", "-"), ", ".join(allowed))
+    out.print(choices)

@@ -1,0 +1,108 @@
+"""Options that several subcommands share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from msmoe.errors import UserError
+
+checkpoint_argument = click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
+force_option = click.option("--force", is_flag=True, help="Replace what exists under the output's name.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs instead of tables.")
+seed_option = click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
+
+PROFILE_OPTIONS = (
+    click.option("--samples", default=256, show_default=True, help="Calibration records used; a seeded choice."),
+    click.option("--batch-size", default=16, show_default=True, help="Records per forward pass."),
+    click.option(
+        "--token-sample",
+        default=4096,
+        show_default=True,
+        help="Tokens kept per layer, for everything that depends on expert outputs (refit, output similarity).",
+    ),
+    click.option("--gradients", is_flag=True, help="Also record what the gradient similarities need (a backward pass)."),
+    click.option("--device", default="cpu", show_default=True, help="Where the model runs, e.g. cuda."),
+    click.option("--max-source-length", default=512, show_default=True, help="Longer inputs are cut."),
+    click.option("--max-target-length", default=128, show_default=True, help="Longer targets are cut."),
+)
+PLAN_OPTIONS = (
+    click.option("--experts", type=float, default=8, show_default=True, help="Experts kept per layer, on average."),
+    click.option(
+        "--budget",
+        help="adaptive: layers whose usage is spread keep more (default); uniform: the same in every layer, which "
+        "--export native needs.",
+    ),
+    click.option(
+        "--keep-layer",
+        "keep_layers",
+        multiple=True,
+        metavar="NAME",
+        help="Leave this layer as it is (repeatable). Default: the first MoE layer of the encoder; 'none' keeps none.",
+    ),
+    click.option("--similarity", help="What makes experts similar, default router-logits; see `msmoe methods`."),
+    click.option("--metric", help="cosine (default) or distance."),
+    click.option("--grouping", help="dominant (default), hierarchical, kmeans, spectral or random."),
+    click.option("--group-capacity", type=int, help="Most members of a group, its dominant expert included."),
+    click.option("--weighting", help="Weights of a group's members: usage or uniform; default: the method's."),
+    click.option("--align", help="How neurons are matched before averaging: weight (default), activation or none."),
+    click.option(
+        "--align-to",
+        help="dominant: each group to its dominant expert (default); first: every expert to expert 0, as published.",
+    ),
+    click.option("--canonical/--no-canonical", default=None, help="Scale ReLU neurons to equal norms before matching."),
+    click.option(
+        "--refit",
+        help="none, independent, or sequential (layer by layer on the inputs that compressed layers give; needs the "
+        "data at apply); default: the method's.",
+    ),
+)
+APPLY_OPTIONS = (
+    click.option(
+        "--export",
+        default="exact",
+        show_default=True,
+        help="exact: any number of experts per layer, routing as the plan says; native: stock class, needs --budget "
+        "uniform --keep-layer none; dense: a plain T5 from --experts 1 --keep-layer none.",
+    ),
+    click.option(
+        "--router",
+        default="fit",
+        show_default=True,
+        help="Router rows of a native export: fit (on the token sample), dominant or mean.",
+    ),
+    click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file."),
+    force_option,
+    click.option("--resume", is_flag=True, help="Finish what a killed run left."),
+)
+
+
+def add_options(options: tuple[Callable, ...]) -> Callable:
+    """Decorator that adds several options, in their order."""
+
+    def decorate(function: Callable) -> Callable:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def choices_of(arguments: dict) -> dict:
+    """The plan options among a command's arguments, ready for `msmoe.plan`."""
+    names = (
+        "experts", "budget", "similarity", "metric", "grouping", "group_capacity", "weighting", "align", "align_to",
+        "canonical", "refit",
+    )  # fmt: skip
+    return {name: arguments[name] for name in names} | {"keep_layers": list(arguments["keep_layers"]) or None}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `200MB`, `1000`."""
+    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1, "": 1}
+    number = text.strip().rstrip("BGKMbgkm")
+    unit = text.strip()[len(number) :].upper()
+    try:
+        return int(float(number) * units[unit])
+    except (ValueError, KeyError):
+        raise UserError(f"--max-shard-size must look like 5GB or 200MB, got {text!r}") from None

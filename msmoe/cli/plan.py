@@ -1,0 +1,59 @@
+"""`msmoe plan`"""
+
+from pathlib import Path
+
+import click
+
+from msmoe.cli.console import console, human_bytes, progress, table
+from msmoe.cli.options import PLAN_OPTIONS, add_options, checkpoint_argument, choices_of, force_option, json_option, seed_option
+
+
+@click.command("plan")
+@checkpoint_argument
+@click.option("--stats", required=True, type=click.Path(path_type=Path), help="Statistics directory of `msmoe profile`.")
+@click.option("--method", default="m-smoe-refit", show_default=True, help="A row of `msmoe methods`.")
+@click.option("--out", type=click.Path(path_type=Path), help="Plan file to write; not needed with --dry-run.")
+@add_options(PLAN_OPTIONS)
+@click.option("--export", default="exact", show_default=True, help="Export for which size is predicted.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and its predicted size, write nothing.")
+@seed_option
+@force_option
+@json_option
+def command(
+    checkpoint: Path, stats: Path, method: str, out: Path | None, export: str, dry_run: bool, seed: int, force: bool,
+    as_json: bool, **options,
+) -> None:  # fmt: skip
+    """Decide which experts become one. The plan is a small JSON file to read, edit and diff.
+
+    \b
+    Example: msmoe plan switch-base-8 --stats stats --method m-smoe --experts 2 --out plan.json
+    """
+    from msmoe.errors import UserError
+    from msmoe.methods import plan
+
+    if out is None and not dry_run:
+        raise UserError("give --out PLAN.json, or --dry-run to see the plan only")
+    if out is not None and out.exists() and not force and not dry_run:
+        raise UserError(f"{out} exists; use --force to replace it")
+    with progress("planning"):
+        result = plan(checkpoint, stats, method=method, seed=seed, export=export, **choices_of(options))
+    if out is not None and not dry_run:
+        result.save(out)
+    if as_json:
+        click.echo(result.to_json(), nl=False)
+    else:
+        print_plan(result)
+
+
+def print_plan(plan) -> None:
+    """The groups of every layer, dominant expert first, and the predicted size."""
+    out = console()
+    rows = table("layer", "experts", "kept", title=f"Plan: {plan.method}")
+    rows.add_column("groups (dominant < members)", justify="left", overflow="fold")
+    for name, layer in plan.layers.items():
+        rows.add_row(name, str(layer.num_experts), str(len(layer.groups)), "  ".join(map(str, layer.groups)))
+    out.print(rows)
+    predicted = plan.predicted
+    out.print(f"predicted: {predicted['num_parameters']:,} parameters, {predicted['bytes']:,} bytes ({human_bytes(predicted['bytes'])})")
+
+

@@ -1,0 +1,48 @@
+"""`msmoe profile`"""
+
+from pathlib import Path
+
+import click
+
+from msmoe.cli.console import console, print_json, progress, usage_table
+from msmoe.cli.options import PROFILE_OPTIONS, add_options, checkpoint_argument, force_option, json_option, seed_option
+
+
+@click.command("profile")
+@checkpoint_argument
+@click.option("--data", required=True, help="Calibration data: a JSON Lines file, or a datasets name.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Statistics directory to write.")
+@add_options(PROFILE_OPTIONS)
+@seed_option
+@force_option
+@json_option
+def command(checkpoint: Path, data: str, out: Path, force: bool, as_json: bool, **options) -> None:
+    """Record how often the router activates each expert on calibration data, and all that planning needs.
+
+    \b
+    DATA has one JSON object per line, of one of these kinds:
+      {"source": "...", "target": "..."}     text to text
+      {"text": "..."}                        span corruption
+      {"input_ids": [...], "labels": [...]}  tokenised already
+    Example: msmoe profile switch-base-8 --data calibration.jsonl --out stats
+    """
+    from msmoe.calibration.profile import profile
+    from msmoe.errors import UserError
+
+    if out.exists() and not force:
+        raise UserError(f"{out} exists; use --force to replace it")
+    with progress("profiling") as update:
+        stats = profile(checkpoint, data, progress=update, **options)
+    stats.save(out, force=force)
+    warn_unused(stats)
+    if as_json:
+        print_json(stats.describe())
+    else:
+        console().print(usage_table(stats))
+
+
+def warn_unused(stats) -> None:
+    """Say which layers saw no token: their groups fall back to the plain mean."""
+    for name, layer in stats.layers.items():
+        if layer.num_tokens == 0:
+            click.echo(f"msmoe: warning: {name} saw no token; its experts will be averaged with equal weights", err=True)

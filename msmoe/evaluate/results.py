@@ -1,0 +1,68 @@
+"""Results: what was measured, one record per (checkpoint, task), in `results.json`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from msmoe.errors import UserError
+from msmoe.evaluate.metrics import Estimate
+
+FORMAT = "msmoe-results/1"
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One checkpoint on one task.
+
+    Attributes:
+        checkpoint, task: names.
+        metrics: metric -> value with interval.
+        majority_share: share of the most frequent target; None for tasks without a small set of labels.
+        num_parameters: parameters of the model; num_bytes: its weights on disk, None for a model in memory.
+        flops_per_token: multiply-adds counted twice, of one forward pass over source and target tokens.
+        seconds: time of the evaluation; peak_memory: bytes resident at most in this process so far.
+    """
+
+    checkpoint: str
+    task: str
+    metrics: dict[str, Estimate]
+    majority_share: float | None
+    num_parameters: int
+    num_bytes: int | None
+    flops_per_token: float
+    seconds: float
+    peak_memory: int
+
+    def describe(self) -> dict:
+        """The record in `results.json`."""
+        return {
+            "checkpoint": self.checkpoint,
+            "task": self.task,
+            "metrics": {
+                name: {"value": e.value, "ci95": [e.low, e.high], "num_examples": e.num_examples}
+                for name, e in self.metrics.items()
+            },
+            "majority_share": self.majority_share,
+            "num_parameters": self.num_parameters,
+            "bytes": self.num_bytes,
+            "flops_per_token": self.flops_per_token,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory,
+        }
+
+
+def save_results(results: Sequence[TaskResult], path: str | Path, *, force: bool = False) -> None:
+    """Write `results.json`.
+
+    Raises:
+        UserError: if the file exists and `force` is not given, or cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not force:
+        raise UserError(f"{path} exists; use --force to replace it")
+    content = {"format": FORMAT, "results": [result.describe() for result in results]}
+    try:
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,69 @@
+"""What a checkpoint holds, from its headers alone: MoE layers, experts, parameters and bytes per part."""
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from msmoe.checkpoint import Checkpoint
+from msmoe.families import inspectable_family_of
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One MoE layer: router rows, stored experts, their weights."""
+
+    name: str
+    num_experts: int
+    num_stored: int
+    d_model: int
+    d_ff: int
+    num_parameters: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A checkpoint in numbers; `parts` maps embeddings, attention, ... to (parameters, bytes)."""
+
+    path: str
+    model_type: str
+    dtypes: tuple[str, ...]
+    expert_capacity: int | None
+    num_parameters: int
+    num_bytes: int
+    parts: dict[str, tuple[int, int]]
+    layers: tuple[LayerSummary, ...]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def inspect(checkpoint: str | Path) -> Summary:
+    """Summarise an original or compressed checkpoint without reading a weight.
+
+    Raises:
+        UserError: if the folder is damaged or of an unknown architecture.
+    """
+    source = Checkpoint(checkpoint)
+    family = inspectable_family_of(source)
+    parts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    experts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for name in source:
+        spec, part = source.spec(name), family.part(name)
+        for totals in [parts[part], *([experts[name.rpartition(".experts.")[0]]] if part == "experts" else [])]:
+            totals[0] += 0 if part == "expert maps" else spec.num_parameters
+            totals[1] += spec.num_bytes
+    layers = tuple(
+        LayerSummary(layer.name, layer.num_experts, num_stored, layer.d_model, layer.d_ff, *experts[layer.name])
+        for layer, num_stored in family.stored_layers(source)
+    )
+    return Summary(
+        path=str(source.path),
+        model_type=source.model_type,
+        dtypes=tuple(sorted({source.spec(name).dtype for name in source if family.part(name) != "expert maps"})),
+        expert_capacity=source.config.get("expert_capacity"),
+        num_parameters=sum(count for count, _ in parts.values()),
+        num_bytes=source.num_bytes,
+        parts={part: (count, size) for part, (count, size) in sorted(parts.items(), key=lambda p: -p[1][1])},
+        layers=layers,
+    )
