@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from msmoe.checkpoint import Checkpoint, TensorSpec
 from msmoe.errors import UserError
-from msmoe.families import Expert, Family, MoELayer
+from msmoe.families import ExpertKeys, Family, MoELayer
 from msmoe.plan import LayerPlan, Plan
 
 EXPORTS = ("exact", "native", "dense")
@@ -66,7 +66,7 @@ class Export:
         self.tensors.append(TensorSpec(name, source.dtype, source.shape))
         self.copies.append((Slot(name), source.name))
 
-    def add_expert(self, names: Expert, layer: MoELayer, *, stacked: int | None = None) -> None:
+    def add_expert(self, names: ExpertKeys, layer: MoELayer, *, stacked: int | None = None) -> None:
         axes = () if stacked is None else (stacked,)
         self.tensors.append(TensorSpec(names.wi, layer.dtype, (*axes, layer.d_ff, layer.d_model)))
         self.tensors.append(TensorSpec(names.wo, layer.dtype, (*axes, layer.d_model, layer.d_ff)))
@@ -98,7 +98,9 @@ def build_export(kind: str, family: Family, checkpoint: Checkpoint, plan: Plan) 
     if kind == "native":
         handled |= {family.router_key(layer.name) for layer in layers if num_groups[layer.name] < layer.num_experts}
     elif kind == "dense":
-        handled |= {key for layer in layers for key in (family.router_key(layer.name), family.router_bias_key(layer.name))}
+        handled |= {
+            key for layer in layers for key in (family.router_key(layer.name), family.router_bias_key(layer.name))
+        }
     for name in checkpoint:
         if name not in handled:
             export.add_copy(checkpoint.spec(name), family.dense_name(name) if kind == "dense" else name)
@@ -143,6 +145,6 @@ def _add_layer(export: Export, family: Family, checkpoint: Checkpoint, layer: Mo
             slots = GroupSlots(Slot(names.wi), Slot(names.wo))
         group = plan.groups[g]
         if len(group.members) == 1 and export.kind != "dense":
-            export.copies += zip(slots, family.expert_keys(layer.name, group.dominant), strict=True)
+            export.copies.extend(zip(slots, family.expert_keys(layer.name, group.dominant), strict=True))
         else:
             export.merged[layer.name, g] = slots

@@ -80,7 +80,9 @@ def assign_to_dominant(
     """
     num_experts = len(usage)
     if capacity is not None and count * capacity < num_experts:
-        raise UserError(f"{count} groups of at most {capacity} cannot hold {num_experts} experts: raise --group-capacity")
+        raise UserError(
+            f"{count} groups of at most {capacity} cannot hold {num_experts} experts: raise --group-capacity"
+        )
     ranked = dominant_experts(usage, num_experts)
     labels = np.full(num_experts, -1)
     labels[ranked[:count]] = np.arange(count)
@@ -121,7 +123,7 @@ def kmeans(
     """k-means on the rows of the similarity matrix, labels (E,)."""
     from sklearn.cluster import KMeans
 
-    labels = KMeans(count, n_init=10, random_state=seed).fit_predict(similarity)
+    labels = KMeans(count, n_init="auto", random_state=seed).fit_predict(similarity)
     return fill_empty(labels, usage, count)
 
 

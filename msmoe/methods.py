@@ -143,7 +143,9 @@ def plan(
     layers = family.layers(source)
     kept = resolve_kept_layers(family, layers, keep_layers)
     compressible = [layer for layer in layers if layer.name not in kept]
-    counts = check_counts(compressible, [stats.layers[n.name].usage_frequency.numpy() for n in compressible], parameters)
+    counts = check_counts(
+        compressible, [stats.layers[n.name].usage_frequency.numpy() for n in compressible], parameters
+    )
     planned = {
         layer.name: plan_layer(family, source, layer.name, stats.layers[layer.name], count, parameters, seed=seed)
         for layer, count in zip(compressible, counts, strict=True)

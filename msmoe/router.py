@@ -57,7 +57,7 @@ def reduce_router(kind: str, rows: Tensor, plan: LayerPlan, stats: LayerStats | 
 
 
 def fit_rows(rows: Tensor, inputs: Tensor, target: Tensor, gate: Tensor, weights: Tensor) -> Tensor:
-    """Train rows (G, D): squared error of the gate value, plus how far the chosen group's logit is above the right one's."""
+    """Train rows (G, D): squared error of the gate value, plus the lead of a wrongly chosen group's logit."""
     weights = weights / weights.sum()
     fitted = rows.clone().requires_grad_()
     optimiser = torch.optim.LBFGS([fitted], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe")
@@ -75,9 +75,7 @@ def fit_rows(rows: Tensor, inputs: Tensor, target: Tensor, gate: Tensor, weights
     return fitted.detach()
 
 
-def measure(
-    rows: Tensor, inputs: Tensor, target: Tensor, gate: Tensor, weights: Tensor, held_out: Tensor
-) -> RouterFit:
+def measure(rows: Tensor, inputs: Tensor, target: Tensor, gate: Tensor, weights: Tensor, held_out: Tensor) -> RouterFit:
     """Agreement and gate error on the held-out tokens; on all tokens if none is held out."""
     used = held_out if bool(held_out.any()) else torch.ones_like(held_out)
     value, choice = (inputs[used] @ rows.T).softmax(-1).max(-1)

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from msmoe.apply import GroupReport, MovedInputs, Sources, merge_one
 from msmoe.calibration.batches import batch_indices, collate, record_key
 from msmoe.calibration.profile import load_records
 from msmoe.calibration.records import TokenRecord
@@ -19,6 +18,7 @@ from msmoe.calibration.sample import TokenSample
 from msmoe.errors import UserError
 from msmoe.export import Export
 from msmoe.families import Expert, Routing
+from msmoe.merging import GroupReport, MovedInputs, Sources, merge_one
 
 BATCH_SIZE = 16
 
@@ -77,7 +77,7 @@ def moved_inputs(
 
     handle = family.routers(model)[layer].register_forward_hook(hook)
     try:
-        for chosen in batch_indices(records, BATCH_SIZE):  # noqa: B007 - read by the hook
+        for chosen in batch_indices(records, BATCH_SIZE):
             for _ in family.forward(model, collate([records[i] for i in chosen], pad_id=pad_id)):
                 pass
     finally:
@@ -92,4 +92,3 @@ def install(sources: Sources, model: nn.Module, layer: str, members: tuple[int, 
         keys = sources.family.expert_keys(layer, member)
         model.get_parameter(keys.wi).copy_(expert.wi)
         model.get_parameter(keys.wo).copy_(expert.wo)
-

@@ -161,7 +161,7 @@ def mse(view: LayerView, metric: Metric) -> Tensor:
         for j in range(i):
             average = Expert((experts[i].wi + experts[j].wi) / 2, (experts[i].wo + experts[j].wo) / 2)
             errors = [relative_error(average(inputs[e]), outputs[e]) for e in (i, j) if len(inputs[e])]
-            similarity[i, j] = similarity[j, i] = 1 / (1 + np.mean(errors)) if len(errors) == 2 else 0.0
+            similarity[i, j] = similarity[j, i] = 1 / (1 + sum(errors) / 2) if len(errors) == 2 else 0.0
     return finish(similarity)
 
 

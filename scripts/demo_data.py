@@ -208,6 +208,11 @@ def build() -> DemoData:
             if normalise(document) not in held_out:
                 splits[split_of(key, share)].append(document)
         texts[domain] = dict(splits)
-    for domain, task in {"news": "news_topic", "tweets": "tweet_sentiment", "sms": "sms_spam", "movies": "movie_sentiment"}.items():
+    for domain, task in {
+        "news": "news_topic",
+        "tweets": "tweet_sentiment",
+        "sms": "sms_spam",
+        "movies": "movie_sentiment",
+    }.items():
         texts[domain] = {split: [e.text for e in examples] for split, examples in tasks[task].items()}
     return DemoData(tasks, texts)

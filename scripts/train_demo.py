@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from demo_data import DemoData, build
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -31,19 +30,21 @@ NUM_SENTINELS = 32
 SOURCE_LENGTH = 72
 CHUNK_LENGTH = 80  # tokens of running text per span-corruption example: about 72 after corruption
 IGNORE = -100
-DROPOUT_NOISE = np.random.Generator(np.random.SFC64(0))  # reseeded at every step
 
-CONFIG = dict(
-    vocab_size=VOCAB_SIZE, d_model=128, d_kv=32, num_heads=4, d_ff=320, num_layers=4, num_sparse_encoder_layers=4,
-    num_decoder_layers=4, num_sparse_decoder_layers=2, num_experts=16, expert_capacity=24, dropout_rate=0.1,
-    router_jitter_noise=0.01, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
-)  # fmt: skip
+CONFIG = {
+    "vocab_size": VOCAB_SIZE, "d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 320, "num_layers": 4,
+    "num_sparse_encoder_layers": 4, "num_decoder_layers": 4, "num_sparse_decoder_layers": 2, "num_experts": 16,
+    "expert_capacity": 24, "dropout_rate": 0.1, "router_jitter_noise": 0.01, "decoder_start_token_id": 0,
+    "pad_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
 ROUTER_STD = 0.2  # router logits of about two units from the start: gates that matter
 DOMAIN_SHARES = {
-    "dialogue": 0.22, "code": 0.2, "reviews": 0.06, "interface": 0.08, "news": 0.2, "tweets": 0.12, "sms": 0.03, "movies": 0.09,
+    "dialogue": 0.22, "code": 0.2, "reviews": 0.06, "interface": 0.08, "news": 0.2, "tweets": 0.12,
+    "sms": 0.03, "movies": 0.09,
 }  # fmt: skip
 TASK_SHARES = {
-    "movie_sentiment": 0.2, "question_type": 0.14, "sms_spam": 0.1, "news_topic": 0.14, "tweet_sentiment": 0.24, "language": 0.18,
+    "movie_sentiment": 0.2, "question_type": 0.14, "sms_spam": 0.1, "news_topic": 0.14, "tweet_sentiment": 0.24,
+    "language": 0.18,
 }  # fmt: skip
 
 
@@ -139,20 +140,13 @@ def sorted_sparse_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
     offset = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)  # where an expert's block moves to
     routed = order[: int(counts.sum())]
     slot = torch.arange(len(routed)) + offset[expert[routed]]
-    blocks = hidden_states.new_zeros(int(padded.sum()), width).index_copy(0, slot, hidden_states.reshape(-1, width)[routed])
+    blocks = hidden_states.new_zeros(int(padded.sum()), width).index_copy(
+        0, slot, hidden_states.reshape(-1, width)[routed]
+    )
     parts = blocks.split(padded.tolist())
     outputs = torch.cat([self.experts[f"expert_{e}"](part) for e, part in enumerate(parts) if len(part)])
     mixed = outputs.new_zeros(num_tokens, width).index_copy(0, routed, outputs[slot])
     return (mixed * gate.reshape(-1, 1)).reshape(batch, length, width)
-
-
-def byte_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    """Dropout from one random byte per element: the stock generator takes a tenth of a CPU training step."""
-    threshold = round(p * 256)
-    if not training or threshold == 0:
-        return x
-    noise = torch.from_numpy(DROPOUT_NOISE.integers(0, 256, size=x.numel(), dtype=np.uint8)).view(x.shape)
-    return x * ((noise >= threshold).to(x.dtype) * (256 / (256 - threshold)))
 
 
 class RouterTap:
@@ -190,11 +184,11 @@ def forward_losses(model, tap: RouterTap, records: list[TokenRecord]) -> tuple[t
         use_cache=False,
     ).last_hidden_state
     targets = labels[target_valid]
-    selected = F.pad(decoded[target_valid], (0, 0, 0, -len(targets) % 64))
+    selected = torch.nn.functional.pad(decoded[target_valid], (0, 0, 0, -len(targets) % 64))
     logits = model.lm_head(selected * model.model_dim**-0.5)[: len(targets)].float()
     masks = [source_valid if i < num_encoder_routers else target_valid for i in range(len(tap.logits))]
     balance = torch.stack([balance_loss(z, m) for z, m in zip(tap.logits, masks, strict=True)]).mean()
-    return F.cross_entropy(logits, targets, reduction="none"), balance
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none"), balance
 
 
 @torch.no_grad()
@@ -205,7 +199,9 @@ def validate(model, tap: RouterTap, corpus: Corpus, *, seed: int, batches: int =
     scores = {}
     text = torch.cat([forward_losses(model, tap, corpus.text_batch(64, rng))[0] for _ in range(batches)])
     scores["text_loss"] = text.mean().item()
-    shares = [torch.bincount(z.argmax(-1).flatten(), minlength=z.shape[-1]).max() / z[..., 0].numel() for z in tap.logits]
+    shares = [
+        torch.bincount(z.argmax(-1).flatten(), minlength=z.shape[-1]).max() / z[..., 0].numel() for z in tap.logits
+    ]
     scores["largest_expert_share"] = max(shares).item()
     scores["mean_gate"] = torch.stack([z.softmax(-1).amax(-1).mean() for z in tap.logits]).mean().item()
     for task, pairs in corpus.pairs.items():
@@ -239,11 +235,15 @@ class Trainer:
                 module.jitter_noise = 0.0
             elif isinstance(module, switch.SwitchTransformersAttention):
                 module.dropout = 0.0
+            elif isinstance(module, torch.nn.Dropout):  # a few passes over the data: nothing to regularise
+                module.p = 0.0
         self.parameters = dict(self.model.named_parameters())
         self.masters = {name: p.detach().clone() for name, p in self.parameters.items()}
-        matrices = [p for p in self.masters.values() if p.ndim > 1]
-        vectors = [p for p in self.masters.values() if p.ndim == 1]
-        groups = [{"params": matrices, "weight_decay": 0.02}, {"params": vectors, "weight_decay": 0.0}]
+        # steps in proportion to the size of the initial weights, as Adafactor takes for T5
+        groups = [
+            {"params": [p], "scale": p.square().mean().sqrt().clamp(0.03, 1).item(), "weight_decay": 0.0}
+            for p in self.masters.values()
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
         self.step = 0
         if self.state_file.exists():
@@ -258,7 +258,7 @@ class Trainer:
 
     def update(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         for name, parameter in self.parameters.items():
             self.masters[name].grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
@@ -299,15 +299,16 @@ def train(args: argparse.Namespace) -> None:
     print({k: len(v) for k, v in (train_set.streams | train_set.pairs).items()}, flush=True)
 
     switch.SwitchTransformersSparseMLP.forward = sorted_sparse_forward
-    F.dropout = byte_dropout
     trainer = Trainer(workdir, seed=args.seed)
     tap = RouterTap(trainer.model)
     print(f"{sum(p.numel() for p in trainer.parameters.values()):,} parameters, at step {trainer.step}", flush=True)
     started, num_tokens = time.perf_counter(), 0
     while trainer.step < args.steps:
         rng = np.random.default_rng([args.seed, trainer.step])
-        DROPOUT_NOISE.bit_generator.state = np.random.SFC64([args.seed, trainer.step]).state
-        text, tasks = train_set.text_batch(args.text_batch, rng), train_set.task_batch(args.task_batch, seed=args.seed, step=trainer.step)
+        text, tasks = (
+            train_set.text_batch(args.text_batch, rng),
+            train_set.task_batch(args.task_batch, seed=args.seed, step=trainer.step),
+        )
         rate = learning_rate(trainer.step, peak=args.lr, warmup=args.warmup, total=args.steps)
         logged = {}
         for name, records in (("text", text), ("task", tasks)):
@@ -318,7 +319,11 @@ def train(args: argparse.Namespace) -> None:
             num_tokens += sum(len(r.input_ids) + len(r.labels) for r in records)
         trainer.update(rate)
         if trainer.step % args.log_every == 0:
-            logged |= {"step": trainer.step, "lr": rate, "tokens_per_second": round(num_tokens / (time.perf_counter() - started))}
+            logged |= {
+                "step": trainer.step,
+                "lr": rate,
+                "tokens_per_second": round(num_tokens / (time.perf_counter() - started)),
+            }
             if trainer.step % args.validate_every == 0:
                 scores = validate(trainer.model, tap, validation_set, seed=args.seed)
                 logged |= {k: round(v, 4) for k, v in scores.items()}
@@ -331,14 +336,14 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path("build/demo"))
-    parser.add_argument("--steps", type=int, default=16000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--text-batch", type=int, default=32)
     parser.add_argument("--task-batch", type=int, default=48)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--warmup", type=int, default=500)
+    parser.add_argument("--lr", type=float, default=1e-2, help="relative to the size of the initial weights")
+    parser.add_argument("--warmup", type=int, default=150)
     parser.add_argument("--balance", type=float, default=0.01, help="coefficient of the load-balancing loss")
     parser.add_argument("--log-every", type=int, default=50)
-    parser.add_argument("--validate-every", type=int, default=500)
+    parser.add_argument("--validate-every", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     train(parser.parse_args())
 

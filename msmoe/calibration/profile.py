@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from msmoe.calibration.batches import batch_indices, collate, record_key
-from msmoe.calibration.records import TokenRecord, choose_records, digest_records, read_records, tokenize
 from msmoe.calibration.recorder import Recorder
+from msmoe.calibration.records import TokenRecord, choose_records, digest_records, read_records, tokenize
 from msmoe.calibration.stats import Stats, with_gradients
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
@@ -53,7 +53,9 @@ def profile(
     source = Checkpoint(checkpoint)
     family = family_of(source)
     if samples < 1 or batch_size < 1 or token_sample < 1:
-        raise UserError(f"samples, batch size and token sample must be at least 1, got {samples}, {batch_size}, {token_sample}")
+        raise UserError(
+            f"samples, batch size and token sample must be at least 1, got {samples}, {batch_size}, {token_sample}"
+        )
     records, digest = load_records(
         source,
         data,
@@ -80,7 +82,9 @@ def profile(
                 progress(done, len(records))
     layers = {layer.name: recorder.layers[layer.name].stats() for layer in family.layers(source)}
     if gradients:
-        batches = [collate([records[i] for i in chosen], pad_id=pad_id) for chosen in batch_indices(records, batch_size)]
+        batches = [
+            collate([records[i] for i in chosen], pad_id=pad_id) for chosen in batch_indices(records, batch_size)
+        ]
         for name, grams in gradient_grams(family, source, model, batches, device=device).items():
             layers[name] = with_gradients(layers[name], *grams)
     num_tokens = sum(len(r.input_ids) + sum(label != -100 for label in r.labels) for r in records)

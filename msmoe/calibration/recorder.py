@@ -79,7 +79,9 @@ class LayerRecorder:
         """The sums so far; at least one batch must have been added."""
         counts = {name: self.sums[name].round().long() for name in ("routed", "dispatched")}
         sequences = sort_rows(torch.cat(self._sequence_counts))
-        return LayerStats(**(self.sums | counts), sequence_counts=sequences, sample=self._draw(), sample_size=self.sample_size)
+        return LayerStats(
+            **(self.sums | counts), sequence_counts=sequences, sample=self._draw(), sample_size=self.sample_size
+        )
 
 
 class Recorder:

@@ -105,7 +105,7 @@ def read_records(path: str | Path) -> list[dict]:
 def read_dataset(name: str) -> list[dict]:
     """Records of a `datasets` data set, `NAME` or `NAME:SPLIT` (default split `train`)."""
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise DataError(f"no file {name}, and data set names need `pip install datasets`") from None
     repository, _, split = name.partition(":")
@@ -173,7 +173,9 @@ def tokenize(
         if "input_ids" in record:
             inputs = strip_trailing(record["input_ids"], pad_id)
             labels = strip_trailing(record["labels"], -100)
-            out_of_range = next((t for t in (*inputs, *labels) if not (0 <= t < (vocab_size or 2**31) or t == -100)), None)
+            out_of_range = next(
+                (t for t in (*inputs, *labels) if not (0 <= t < (vocab_size or 2**31) or t == -100)), None
+            )
             if out_of_range is not None:
                 raise DataError(f"record {i}: token id {out_of_range} is outside the vocabulary of {vocab_size}")
         elif tokenizer is None:
@@ -186,7 +188,9 @@ def tokenize(
             digest = sha256(record["text"].encode()).digest()
             rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
             try:
-                inputs, labels = vars(corrupt_spans(ids, sentinel_ids=sentinels, eos_id=tokenizer.eos_token_id, rng=rng)).values()
+                inputs, labels = vars(
+                    corrupt_spans(ids, sentinel_ids=sentinels, eos_id=tokenizer.eos_token_id, rng=rng)
+                ).values()
             except ValueError as error:
                 raise DataError(f"record {i}: {error}") from error
         inputs, labels = inputs[:max_source_length], labels[:max_target_length]

@@ -89,7 +89,9 @@ class LayerStats:
             warnings.warn("gradient similarities do not add up: the sum has none", stacklevel=3)
         size = min(self.sample_size, other.sample_size)
         sample = TokenSample.concatenate([self.tokens(), other.tokens()]).drawn(size, self.num_experts)
-        sums = {name: getattr(self, name) + getattr(other, name) for name in ("routed", "dispatched", "gate_mass", *SUMS)}
+        sums = {
+            name: getattr(self, name) + getattr(other, name) for name in ("routed", "dispatched", "gate_mass", *SUMS)
+        }
         sequences = sort_rows(torch.cat([self.sequence_counts, other.sequence_counts]))
         return LayerStats(**sums, sequence_counts=sequences, sample=sample, sample_size=size)
 
@@ -220,7 +222,7 @@ class Stats:
             raise UserError(f"{path} holds damaged statistics: {error}") from error
 
     def to_frame(self):
-        """One row per (layer, expert): routed, dispatched, usage_frequency, gate_mass, soft_mass (a pandas DataFrame)."""
+        """A pandas DataFrame, one row per (layer, expert): the counts, usage_frequency, gate_mass, soft_mass."""
         import pandas as pd
 
         return pd.concat(

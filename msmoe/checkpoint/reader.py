@@ -174,7 +174,7 @@ class Checkpoint:
         tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
         if tensor.numel():
             location = self._entries[name][1]
-            buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+            buffer = tensor.view(-1).view(torch.uint8).numpy().data
             with location.file.open("rb", buffering=0) as stream:
                 stream.seek(location.start)
                 while buffer:

@@ -112,7 +112,7 @@ class CheckpointWriter:
         if tuple(tensor.shape) != tuple(expected):
             raise ValueError(f"{name} is laid out as {expected}, got {tuple(tensor.shape)}")
         stored = tensor.detach().to("cpu", to_dtype(spec.dtype)).contiguous()
-        raw = memoryview(stored.view(-1).view(torch.uint8).numpy()) if stored.numel() else memoryview(b"")
+        raw = stored.view(-1).view(torch.uint8).numpy().data if stored.numel() else memoryview(b"")
         self._write_at(name, (index or 0) * len(raw), [raw])
         if index is None:
             self.finish(name)

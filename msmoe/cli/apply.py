@@ -11,7 +11,9 @@ from msmoe.cli.options import APPLY_OPTIONS, add_options, checkpoint_argument, j
 @click.command("apply")
 @checkpoint_argument
 @click.option("--plan", "plan_file", required=True, type=click.Path(path_type=Path), help="Plan file of `msmoe plan`.")
-@click.option("--stats", type=click.Path(path_type=Path), help="Statistics; needed by plans with refit and by --router fit.")
+@click.option(
+    "--stats", type=click.Path(path_type=Path), help="Statistics; needed by plans with refit and by --router fit."
+)
 @click.option("--data", help="Calibration data; needed by plans with sequential refit.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to write.")
 @add_options(APPLY_OPTIONS)
@@ -49,12 +51,16 @@ def print_report(report, *, as_json: bool) -> None:
                 "bytes": report.num_bytes,
                 "groups": [group.describe() for group in report.groups],
                 "drop_rates": report.drop_rates,
-                "routers": {n: {"agreement": r.agreement, "gate_error": r.gate_error} for n, r in report.routers.items()},
+                "routers": {
+                    n: {"agreement": r.agreement, "gate_error": r.gate_error} for n, r in report.routers.items()
+                },
             }
         )
         return
     out = console()
-    rows = table("layer", "merged groups", "neurons moved", "error", "refit error", "dropped", "dropped now", "router agrees")
+    rows = table(
+        "layer", "merged groups", "neurons moved", "error", "refit error", "dropped", "dropped now", "router agrees"
+    )
     for name in dict.fromkeys([g.layer for g in report.groups] + list(report.routers)):
         groups = [g for g in report.groups if g.layer == name]
         moved = [match.share_moved for g in groups for match in g.matches.values()]
@@ -75,4 +81,5 @@ def print_report(report, *, as_json: bool) -> None:
             f"{router.agreement:.1%}" if router else "-",
         )
     out.print(rows)
-    out.print(f"wrote {report.out}: {report.num_parameters:,} parameters, {report.num_bytes:,} bytes ({human_bytes(report.num_bytes)})")
+    size = f"{report.num_bytes:,} bytes ({human_bytes(report.num_bytes)})"
+    out.print(f"wrote {report.out}: {report.num_parameters:,} parameters, {size}")

@@ -53,7 +53,9 @@ def print_json(content: object) -> None:
 
 def table(*columns: str, title: str | None = None) -> Table:
     """Table whose first column is text and whose others are numbers, right-aligned."""
-    result = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    result = Table(
+        title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
     for i, name in enumerate(columns):
         result.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     return result

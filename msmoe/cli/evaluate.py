@@ -43,7 +43,9 @@ def command(
     for file in files:
         with progress(Path(file).stem) as update:
             results.append(
-                evaluate(checkpoint, file, metrics=wanted, batch_size=batch_size, samples=samples, seed=seed, progress=update)
+                evaluate(
+                    checkpoint, file, metrics=wanted, batch_size=batch_size, samples=samples, seed=seed, progress=update
+                )
             )
     if out is not None:
         save_results(results, out, force=force)

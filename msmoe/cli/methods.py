@@ -19,7 +19,12 @@ def command(as_json: bool) -> None:
     from msmoe.methods import CHOICES, METHODS
 
     if as_json:
-        print_json({m.name: {"summary": m.summary, "source": m.source, "defaults": asdict(m.defaults)} for m in METHODS.values()})
+        print_json(
+            {
+                m.name: {"summary": m.summary, "source": m.source, "defaults": asdict(m.defaults)}
+                for m in METHODS.values()
+            }
+        )
         return
     rows = table("method")
     rows.add_column("what it does", justify="left", overflow="fold")

@@ -21,7 +21,9 @@ PROFILE_OPTIONS = (
         show_default=True,
         help="Tokens kept per layer, for everything that depends on expert outputs (refit, output similarity).",
     ),
-    click.option("--gradients", is_flag=True, help="Also record what the gradient similarities need (a backward pass)."),
+    click.option(
+        "--gradients", is_flag=True, help="Also record what the gradient similarities need (a backward pass)."
+    ),
     click.option("--device", default="cpu", show_default=True, help="Where the model runs, e.g. cuda."),
     click.option("--max-source-length", default=512, show_default=True, help="Longer inputs are cut."),
     click.option("--max-target-length", default=128, show_default=True, help="Longer targets are cut."),

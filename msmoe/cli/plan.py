@@ -5,12 +5,22 @@ from pathlib import Path
 import click
 
 from msmoe.cli.console import console, human_bytes, progress, table
-from msmoe.cli.options import PLAN_OPTIONS, add_options, checkpoint_argument, choices_of, force_option, json_option, seed_option
+from msmoe.cli.options import (
+    PLAN_OPTIONS,
+    add_options,
+    checkpoint_argument,
+    choices_of,
+    force_option,
+    json_option,
+    seed_option,
+)
 
 
 @click.command("plan")
 @checkpoint_argument
-@click.option("--stats", required=True, type=click.Path(path_type=Path), help="Statistics directory of `msmoe profile`.")
+@click.option(
+    "--stats", required=True, type=click.Path(path_type=Path), help="Statistics directory of `msmoe profile`."
+)
 @click.option("--method", default="m-smoe-refit", show_default=True, help="A row of `msmoe methods`.")
 @click.option("--out", type=click.Path(path_type=Path), help="Plan file to write; not needed with --dry-run.")
 @add_options(PLAN_OPTIONS)
@@ -53,7 +63,5 @@ def print_plan(plan) -> None:
     for name, layer in plan.layers.items():
         rows.add_row(name, str(layer.num_experts), str(len(layer.groups)), "  ".join(map(str, layer.groups)))
     out.print(rows)
-    predicted = plan.predicted
-    out.print(f"predicted: {predicted['num_parameters']:,} parameters, {predicted['bytes']:,} bytes ({human_bytes(predicted['bytes'])})")
-
-
+    parameters, size = plan.predicted["num_parameters"], plan.predicted["bytes"]
+    out.print(f"predicted: {parameters:,} parameters, {size:,} bytes ({human_bytes(size)})")

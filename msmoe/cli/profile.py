@@ -45,4 +45,6 @@ def warn_unused(stats) -> None:
     """Say which layers saw no token: their groups fall back to the plain mean."""
     for name, layer in stats.layers.items():
         if layer.num_tokens == 0:
-            click.echo(f"msmoe: warning: {name} saw no token; its experts will be averaged with equal weights", err=True)
+            click.echo(
+                f"msmoe: warning: {name} saw no token; its experts will be averaged with equal weights", err=True
+            )

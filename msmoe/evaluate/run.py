@@ -11,12 +11,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from msmoe.calibration.batches import IGNORE, batch_indices, collate
 from msmoe.calibration.profile import load_tokenizer
@@ -35,7 +36,7 @@ Progress = Callable[[int, int], None]  # (examples done, examples in all)
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module | str | Path,
+    model: Any,
     data: str | Path,
     *,
     metrics: Sequence[str] | None = None,
@@ -103,7 +104,9 @@ def check_metrics(metrics: Sequence[str] | None, records: list[dict], data: str 
         if name not in METRICS:
             raise UserError(f"unknown metric {name!r}; choose from {', '.join(METRICS)}")
         if name not in allowed:
-            raise UserError(f"{name} needs records with source and at most {MAX_LABELS} different targets; {data} has others")
+            raise UserError(
+                f"{name} needs records with source and at most {MAX_LABELS} different targets; {data} has others"
+            )
     return tuple(metrics)
 
 
@@ -112,7 +115,7 @@ class Scorer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         tokenizer,
         raw: list[dict],
         records: list[TokenRecord],

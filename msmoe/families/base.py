@@ -6,7 +6,7 @@ Shapes: B batch, S sequence, T tokens, E experts, D d_model, F d_ff.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,13 @@ class Expert(NamedTuple):
         return Expert(self.wi[permutation], self.wo[:, permutation])
 
 
+class ExpertKeys(NamedTuple):
+    """Names of an expert's two tensors."""
+
+    wi: str
+    wo: str
+
+
 class Routing(NamedTuple):
     """What a router did with a batch."""
 
@@ -74,8 +81,8 @@ class Family(Protocol):
         """Layers left as they are unless the user says otherwise."""
         ...
 
-    def expert_keys(self, layer: str, expert: int) -> Expert:
-        """Tensor names of one expert, in the place of its tensors."""
+    def expert_keys(self, layer: str, expert: int) -> ExpertKeys:
+        """Tensor names of one expert."""
         ...
 
     def router_key(self, layer: str) -> str:
@@ -86,7 +93,7 @@ class Family(Protocol):
         """Tensor name of the router biases (E,), stored by few checkpoints."""
         ...
 
-    def stacked_keys(self, layer: str) -> Expert:
+    def stacked_keys(self, layer: str) -> ExpertKeys:
         """Tensor names of a layer's experts in the `exact` export: wi (G, F, D), wo (G, D, F)."""
         ...
 
@@ -94,7 +101,7 @@ class Family(Protocol):
         """Tensor name of the map from experts to stored groups (E,) in the `exact` export."""
         ...
 
-    def dense_keys(self, layer: str) -> Expert:
+    def dense_keys(self, layer: str) -> ExpertKeys:
         """Tensor names of the one expert that a layer keeps in the `dense` export."""
         ...
 
@@ -118,11 +125,11 @@ class Family(Protocol):
         """Modelling files that travel with an `exact` checkpoint."""
         ...
 
-    def load_model(self, path: Path, *, dtype: torch.dtype) -> nn.Module:
-        """The model in evaluation mode."""
+    def load_model(self, path: Path, *, dtype: torch.dtype) -> Any:
+        """The transformers model in evaluation mode."""
         ...
 
-    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Iterator[Tensor]:
+    def forward(self, model: Any, batch: dict[str, Tensor]) -> Iterator[Tensor]:
         """Run the stacks of a model over a batch of `input_ids` (B, S) and `labels` (B, S').
 
         Yields, before each stack runs, the mask (B, S) of the valid tokens of the routers inside it.

@@ -4,13 +4,14 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
-from msmoe.families.base import Expert, MoELayer, Routing
+from msmoe.families.base import ExpertKeys, MoELayer, Routing
 
 ROUTER_SUFFIX = "mlp.router.classifier.weight"
 ROUTER_PATTERN = re.compile(rf"((encoder|decoder)\.block\.(\d+)\.layer\.\d+\.mlp){re.escape(ROUTER_SUFFIX[3:])}")
@@ -43,7 +44,7 @@ class SwitchFamily:
         return sorted(found, key=lambda m: (m[2] != "encoder", int(m[3])))
 
     def _check_experts(self, checkpoint: Checkpoint, layer: MoELayer) -> None:
-        expected = Expert((layer.d_ff, layer.d_model), (layer.d_model, layer.d_ff))
+        expected = ((layer.d_ff, layer.d_model), (layer.d_model, layer.d_ff))
         for e in range(layer.num_experts):
             for key, shape in zip(self.expert_keys(layer.name, e), expected, strict=True):
                 spec = checkpoint.spec(key)
@@ -78,9 +79,9 @@ class SwitchFamily:
     def default_kept_layers(self, layers: tuple[MoELayer, ...]) -> tuple[str, ...]:
         return tuple([layer.name for layer in layers if layer.name.startswith("encoder.")][:1])
 
-    def expert_keys(self, layer: str, expert: int) -> Expert:
+    def expert_keys(self, layer: str, expert: int) -> ExpertKeys:
         prefix = f"{layer}.experts.expert_{expert}"
-        return Expert(f"{prefix}.wi.weight", f"{prefix}.wo.weight")
+        return ExpertKeys(f"{prefix}.wi.weight", f"{prefix}.wo.weight")
 
     def router_key(self, layer: str) -> str:
         return f"{layer}.router.classifier.weight"
@@ -88,15 +89,15 @@ class SwitchFamily:
     def router_bias_key(self, layer: str) -> str:
         return f"{layer}.router.classifier.bias"
 
-    def stacked_keys(self, layer: str) -> Expert:
-        return Expert(f"{layer}.experts.wi", f"{layer}.experts.wo")
+    def stacked_keys(self, layer: str) -> ExpertKeys:
+        return ExpertKeys(f"{layer}.experts.wi", f"{layer}.experts.wo")
 
     def expert_map_key(self, layer: str) -> str:
         return f"{layer}.expert_map"
 
-    def dense_keys(self, layer: str) -> Expert:
+    def dense_keys(self, layer: str) -> ExpertKeys:
         dense = layer.removesuffix("mlp") + "DenseReluDense"
-        return Expert(f"{dense}.wi.weight", f"{dense}.wo.weight")
+        return ExpertKeys(f"{dense}.wi.weight", f"{dense}.wo.weight")
 
     def dense_name(self, name: str) -> str:
         return name.replace(".mlp.wi.", ".DenseReluDense.wi.").replace(".mlp.wo.", ".DenseReluDense.wo.")
@@ -139,7 +140,7 @@ class SwitchFamily:
         folder = Path(__file__).parent.parent / "modeling"
         return folder / "configuration_msmoe.py", folder / "modeling_msmoe.py"
 
-    def load_model(self, path: Path, *, dtype: torch.dtype) -> nn.Module:
+    def load_model(self, path: Path, *, dtype: torch.dtype) -> Any:
         from transformers import SwitchTransformersForConditionalGeneration
 
         model = SwitchTransformersForConditionalGeneration.from_pretrained(
@@ -147,7 +148,7 @@ class SwitchFamily:
         )
         return model.eval()
 
-    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Iterator[Tensor]:
+    def forward(self, model: Any, batch: dict[str, Tensor]) -> Iterator[Tensor]:
         source_mask, target_mask = batch["attention_mask"], batch["labels"] != -100
         yield source_mask.bool()
         encoded = model.encoder(input_ids=batch["input_ids"], attention_mask=source_mask)

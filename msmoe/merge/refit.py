@@ -95,7 +95,7 @@ class RidgeSolver:
         self.gram = self.rows @ self.rows.T if self.dual else self.rows.T @ self.rows
         # the mean diagonal of H^T H, whichever of the two Gram matrices is held
         self.mean_diagonal = float(self.gram.diagonal().sum()) / rows.shape[1]
-        self.moment = None if self.dual else self.rows.T @ self.residuals
+        self.moment = self.residuals if self.dual else self.rows.T @ self.residuals
 
     def solve(self, ridge: float) -> Tensor:
         """Solution (D, F) float32 for a ridge relative to the mean diagonal of H^T H."""
@@ -104,6 +104,5 @@ class RidgeSolver:
         shifted = self.gram.clone()
         shifted.diagonal().add_(ridge * self.mean_diagonal)
         factor = torch.linalg.cholesky(shifted)
-        if self.dual:
-            return (torch.cholesky_solve(self.residuals, factor).T @ self.rows).float()
-        return torch.cholesky_solve(self.moment, factor).T.float()
+        solution = torch.cholesky_solve(self.moment, factor).T
+        return (solution @ self.rows if self.dual else solution).float()

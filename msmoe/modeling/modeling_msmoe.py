@@ -43,6 +43,8 @@ class GroupedSparseMLP(nn.Module):
     capacity is counted per original expert, and a token over capacity contributes zero.
     """
 
+    expert_map: torch.Tensor  # (E,) int64
+
     def __init__(self, config: MsmoeSwitchConfig, num_groups: int):
         super().__init__()
         self.router = SwitchTransformersTop1Router(config)

@@ -77,7 +77,7 @@ def test_a_random_partition_has_positive_parts_of_the_right_sum(total, draw):
 
 
 def test_text_records_are_corrupted_by_their_own_text_and_the_seed(tokenizer):
-    texts = [{"text": " ".join(f"w{(i * k) % 50}" for i in range(30))} for k in (3, 7)]
+    texts = [{"text": " ".join(f"w{(i * k) % 50}" for i in range(200))} for k in (3, 7)]
     forward, backward = tokenize(texts, tokenizer, seed=4), tokenize(texts[::-1], tokenizer, seed=4)
     assert forward == backward[::-1]
     assert forward != tokenize(texts, tokenizer, seed=5)

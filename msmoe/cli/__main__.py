@@ -1,0 +1,5 @@
+"""`python -m msmoe.cli`"""
+
+from msmoe.cli import main
+
+main()

@@ -1,0 +1,168 @@
+"""`msmoe demo`"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+
+from msmoe.cli.apply import print_report
+from msmoe.cli.console import console, human_bytes, progress, table, usage_table
+from msmoe.cli.options import force_option
+from msmoe.cli.plan import print_plan
+
+
+@click.command("demo")
+@click.option("--experts", type=float, default=4, show_default=True, help="Experts kept per layer, on average, of 16.")
+@click.option("--method", default="m-smoe-refit", show_default=True, help="A row of `msmoe methods`.")
+@click.option("--samples", type=int, help="Use this many test examples per task instead of all.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for everything written; default: a new temporary one."
+)
+@force_option
+def command(experts: float, method: str, samples: int | None, out: Path | None, force: bool) -> None:
+    """The whole story on the embedded checkpoint: profile, plan, apply, reload, evaluate, compare.
+
+    \b
+    Example: msmoe demo
+    """
+    from msmoe.apply import apply
+    from msmoe.calibration.profile import profile
+    from msmoe.demo import CALIBRATION, CHECKPOINT
+    from msmoe.errors import UserError
+    from msmoe.methods import plan
+
+    if out is not None and out.exists() and not force:
+        raise UserError(f"{out} exists; use --force to replace what is in it")
+    folder = out or Path(tempfile.mkdtemp(prefix="msmoe-demo-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    compressed = folder / "compressed"
+    echo, started = console().print, time.perf_counter()
+
+    echo(f"[bold]1. Profile[/bold] {CHECKPOINT.name} on {CALIBRATION.name}")
+    with progress("profiling") as update:
+        stats = profile(CHECKPOINT, CALIBRATION, samples=512, progress=update)
+    stats.save(folder / "stats", force=True)
+    echo(usage_table(stats))
+
+    echo(f"\n[bold]2. Plan[/bold] {method}, {experts:g} of 16 experts per layer on average")
+    result = plan(CHECKPOINT, stats, method=method, experts=experts)
+    result.save(folder / "plan.json")
+    print_plan(result)
+
+    echo("\n[bold]3. Apply[/bold]")
+    with progress("merging") as update:
+        report = apply(CHECKPOINT, result, compressed, stats=stats, force=True, progress=update)
+    print_report(report, as_json=False)
+    seconds = time.perf_counter() - started
+
+    echo("\n[bold]4. Reload[/bold] in a fresh process with plain transformers")
+    difference = reload_elsewhere(compressed, folder)
+    echo(f"largest difference to the stock model with merged weights: {difference:.1e} on logits")
+
+    echo("\n[bold]5. Evaluate[/bold] both checkpoints on held-out data, side by side, one core each")
+    results = evaluate_both([CHECKPOINT, compressed], folder, samples=samples)
+    print_comparison(results, [experts_of(CHECKPOINT), experts_of(compressed)])
+    echo(f"\ncompression took {seconds:.0f} s, all of it {time.perf_counter() - started:.0f} s; files are in {folder}")
+
+
+def reload_elsewhere(compressed: Path, folder: Path) -> float:
+    """Logits of the compressed checkpoint from a process without msmoe, against a reference made here.
+
+    Returns:
+        the largest absolute difference.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from msmoe.calibration.batches import collate
+    from msmoe.calibration.profile import load_tokenizer
+    from msmoe.calibration.records import read_records, tokenize
+    from msmoe.demo import CHECKPOINT, TASKS
+    from msmoe.demo import __file__ as here
+    from msmoe.errors import UserError
+    from msmoe.verify import reference_model
+
+    raw = [read_records(file)[0] for file in sorted(TASKS.glob("*.jsonl"))]
+    batch = collate(tokenize(raw, load_tokenizer(CHECKPOINT)), pad_id=0)
+    batch_file, logits_file = folder / "batch.safetensors", folder / "logits.safetensors"
+    save_file(batch, batch_file)
+    script = Path(here).with_name("reload.py")
+    run = subprocess.run(
+        [sys.executable, script, compressed, batch_file, logits_file],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+    )
+    if run.returncode:
+        raise UserError(f"the compressed checkpoint did not reload: {run.stderr.strip().splitlines()[-1]}")
+    click.echo(run.stdout, nl=False)
+    with torch.inference_mode():
+        expected = reference_model(CHECKPOINT, compressed)(**batch).logits
+    return float((load_file(logits_file)["logits"] - expected).abs().max())
+
+
+def evaluate_both(checkpoints: list[Path], folder: Path, *, samples: int | None) -> list[list[dict]]:
+    """Evaluate each checkpoint in a process of its own: its time and its peak memory are its own."""
+    from msmoe.demo import HELD_OUT_TEXT, TASKS
+    from msmoe.errors import UserError
+
+    tasks = [argument for file in [*sorted(TASKS.glob("*.jsonl")), HELD_OUT_TEXT] for argument in ("--data", str(file))]
+    limit = ["--samples", str(samples)] if samples else []
+    running = []
+    for checkpoint in checkpoints:
+        command = [sys.executable, "-m", "msmoe.cli", "evaluate", str(checkpoint), *tasks, *limit]
+        results_file = folder / f"results-{checkpoint.name}.json"
+        process = subprocess.Popen(
+            [*command, "--out", str(results_file), "--force"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        running.append((process, results_file))
+    results = []
+    with progress("evaluating") as update:
+        for done, (process, results_file) in enumerate(running, 1):
+            _, errors = process.communicate()
+            if process.returncode:
+                raise UserError(f"evaluation failed: {errors.strip().splitlines()[-1]}")
+            results.append(json.loads(results_file.read_text())["results"])
+            update(done, len(running))
+    return results
+
+
+def experts_of(checkpoint: Path) -> str:
+    """Stored experts over all MoE layers, and the layers' own numbers."""
+    from msmoe.inspect import inspect
+
+    counts = [layer.num_stored for layer in inspect(checkpoint).layers]
+    return f"{sum(counts)} ({'+'.join(map(str, counts))})"
+
+
+def print_comparison(results: list[list[dict]], experts: list[str]) -> None:
+    """One table: experts, parameters, bytes, score per task with interval, seconds, peak memory."""
+
+    def interval(record: dict, metric: str) -> str:
+        estimate = record["metrics"][metric]
+        return f"{estimate['value']:.3f} \\[{estimate['ci95'][0]:.3f}, {estimate['ci95'][1]:.3f}]"
+
+    rows = table("", "majority", "original", "compressed")
+    rows.add_row("experts", "", *experts)
+    rows.add_row("parameters", "", *[f"{records[0]['num_parameters']:,}" for records in results])
+    rows.add_row("bytes of weights on disk", "", *[f"{records[0]['bytes']:,}" for records in results])
+    for original, compressed in zip(*results, strict=True):
+        metric = "exact_match" if "exact_match" in original["metrics"] else "loss"
+        share = original["majority_share"]
+        name = f"{original['task'].replace('_', ' ')}, {metric.replace('_', ' ')}"
+        rows.add_row(
+            name, "" if share is None else f"{share:.3f}", interval(original, metric), interval(compressed, metric)
+        )
+    rows.add_row("seconds to evaluate", "", *[f"{sum(r['seconds'] for r in records):.1f}" for records in results])
+    rows.add_row("peak memory", "", *[human_bytes(max(r["peak_memory_bytes"] for r in records)) for records in results])
+    console().print(rows)

@@ -1,0 +1,133 @@
+"""One group of a plan: read its members, merge them, refit the result to what the members gave.
+
+Shapes: E experts, S sampled tokens, T tokens of the group, D d_model, F d_ff.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from msmoe.align import Match
+from msmoe.calibration.sample import TokenSample
+from msmoe.calibration.stats import LayerStats, Stats
+from msmoe.checkpoint import Checkpoint
+from msmoe.export import Export
+from msmoe.families import Expert, Family
+from msmoe.families.base import load_expert
+from msmoe.merge import Refit, merge_group, refit_output
+from msmoe.plan import Group, Plan
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """What happened to one merged group."""
+
+    layer: str
+    dominant: int
+    members: tuple[int, ...]
+    matches: dict[int, Match]
+    refit: Refit | None
+
+    def describe(self) -> dict:
+        """The group's entry in `msmoe.json`."""
+        entry: dict = {"layer": self.layer, "dominant": self.dominant, "members": list(self.members)}
+        if self.matches:
+            entry["alignment"] = {
+                str(member): {"share_moved": m.share_moved, "objective_before": m.before, "objective_after": m.after}
+                for member, m in self.matches.items()
+            }
+        if self.refit:
+            entry["refit"] = {name: value for name, value in vars(self.refit).items() if name != "wo"}
+        return entry
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What merging a group reads."""
+
+    family: Family
+    checkpoint: Checkpoint
+    plan: Plan
+    stats: Stats | None
+    moved_inputs: dict[str, "MovedInputs"] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MovedInputs:
+    """What the sampled tokens of a layer look like once earlier layers are compressed.
+
+    Attributes:
+        inputs: (S, D); expert: (S,) routed expert; gate: (S,) gate value; 0 for a token that is dropped now.
+    """
+
+    inputs: Tensor
+    expert: Tensor
+    gate: Tensor
+
+
+def merge_one(sources: Sources, layout: Export, layer: str, g: int) -> tuple[Expert, GroupReport]:
+    """Merge, and refit if the plan says so, one group of one layer."""
+    parameters, group = sources.plan.parameters, sources.plan.layers[layer].groups[g]
+    stats = sources.stats.layers[layer] if sources.stats else None
+    load = lambda e: load_expert(sources.family, sources.checkpoint, layer, e)
+    refits = parameters.get("refit", "none") != "none" and len(group.members) > 1
+    targets = GroupTargets(group, stats) if refits and stats else None
+    reference = 0 if parameters.get("align_to") == "first" else group.dominant
+    merged = merge_group(
+        group.members,
+        group.weights,
+        load,
+        reference=reference,
+        alignment=parameters.get("align", "weight") if len(group.members) > 1 else "none",
+        canonical=parameters.get("canonical", False) and len(group.members) > 1,
+        inputs=(lambda member: routed_inputs(stats, (member, reference))) if stats else None,
+        visit=targets.visit if targets else None,
+    )
+    expert, refit = merged.expert, None
+    if targets:
+        moved = sources.moved_inputs.get(layer)
+        refit = targets.refit(expert, moved)
+        expert = Expert(expert.wi, refit.wo)
+    if layout.kind == "dense":
+        assert stats is not None
+        expert = Expert(expert.wi, expert.wo * mean_gate(stats))
+    return expert, GroupReport(layer, group.dominant, group.members, merged.matches, refit)
+
+
+def mean_gate(stats: LayerStats) -> float:
+    """Mean gate value of a layer's routed tokens; 1 for a layer that saw none."""
+    return float(stats.gate_mass.sum() / stats.num_tokens) if stats.num_tokens else 1.0
+
+
+def routed_inputs(stats: LayerStats, experts: tuple[int, ...]) -> Tensor:
+    """Inputs (T, D) of the sampled tokens routed to any of the experts."""
+    sample = stats.tokens()
+    return sample.inputs[torch.isin(sample.expert, torch.tensor(experts))]
+
+
+class GroupTargets:
+    """The sampled tokens of a group, and what the original layer made of them.
+
+    The targets of a member's tokens are computed when the merge visits it.
+    """
+
+    def __init__(self, group: Group, stats: LayerStats):
+        sample = stats.tokens()
+        self.members = torch.tensor(group.members)
+        self.chosen = torch.isin(sample.expert, self.members).nonzero().flatten()
+        self.sample: TokenSample = sample.select(self.chosen)
+        self.weights = sample.weights(stats.dispatched)[self.chosen]
+        self.targets = torch.zeros_like(self.sample.inputs)
+
+    def visit(self, member: int, expert: Expert) -> None:
+        mine = self.sample.expert == member
+        self.targets[mine] = expert(self.sample.inputs[mine]) * self.sample.gate[mine, None]
+
+    def refit(self, merged: Expert, moved: MovedInputs | None) -> Refit:
+        sample = self.sample
+        if moved is None:
+            return refit_output(merged, sample.inputs, sample.gate, self.targets, self.weights, sample.held_out)
+        stays = torch.isin(moved.expert[self.chosen], self.members)
+        inputs, gate = moved.inputs[self.chosen][stays], moved.gate[self.chosen][stays]
+        return refit_output(merged, inputs, gate, self.targets[stays], self.weights[stays], sample.held_out[stays])

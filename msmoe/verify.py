@@ -1,0 +1,26 @@
+"""Compare a compressed checkpoint with what it stands for: the stock model with merged weights in every member."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from msmoe.checkpoint import Checkpoint
+from msmoe.families import family_of
+
+
+@torch.no_grad()
+def reference_model(original: str | Path, compressed: str | Path) -> nn.Module:
+    """The original architecture, each expert overwritten by the merged expert of its group (`exact` export).
+
+    Knows nothing of the compressed model's code: it reads the stored tensors and the maps, and runs the stock class.
+    """
+    source, target = Checkpoint(original), Checkpoint(compressed)
+    family = family_of(source)
+    model = family.load_model(source.path, dtype=torch.float32)
+    for layer in family.layers(source):
+        stacked = [target.read(key).float() for key in family.stacked_keys(layer.name)]
+        for e, g in enumerate(target.read(family.expert_map_key(layer.name)).tolist()):
+            for key, values in zip(family.expert_keys(layer.name, e), stacked, strict=True):
+                model.get_parameter(key).copy_(values[g])
+    return model

@@ -1,0 +1,17 @@
+# Sourced by the other scripts: a virtual environment beside the code, with the versions of constraints.txt.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+setup() { # setup EXTRA...: install the project with its extras, once per change of the project's files
+    local python=${PYTHON:-python3}
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed" >&2; exit 2; }
+    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    local stamp
+    stamp=$(cat pyproject.toml scripts/constraints.txt scripts/setup.sh | sha256sum | cut -d' ' -f1)-$*
+    if [ "$(cat .venv/stamp 2>/dev/null)" != "$stamp" ]; then
+        echo "installing into .venv (a few minutes the first time)"
+        .venv/bin/pip install --quiet --disable-pip-version-check --constraint scripts/constraints.txt torch
+        .venv/bin/pip install --quiet --disable-pip-version-check --constraint scripts/constraints.txt --editable ".${1:+[$1]}"
+        echo "$stamp" > .venv/stamp
+    fi
+}

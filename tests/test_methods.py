@@ -1,0 +1,216 @@
+"""The table of methods: every row makes a plan that keeps the promises of a plan, and bad requests are refused."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import LAYERS, layer_plan, load_tensors, plan_for, profile_small, save_switch, write_records
+
+from msmoe.apply import apply
+from msmoe.calibration.stats import Stats
+from msmoe.checkpoint import Checkpoint
+from msmoe.errors import UserError
+from msmoe.methods import METHODS, Parameters, member_weights, plan
+from msmoe.plan import Plan, check_layer
+from msmoe.similarity import BASES
+
+
+@pytest.mark.parametrize("method", METHODS)
+class TestEveryMethod:
+    def test_groups_are_a_partition_with_weights_of_sum_one(self, method, switch, stats):
+        result = plan(switch, stats, method=method, experts=3)
+        for name, layer in result.layers.items():
+            check_layer(name, layer)  # raises otherwise
+            for group in layer.groups:
+                assert list(group.members) == sorted(group.members)
+
+    def test_the_total_is_the_budget(self, method, switch, stats):
+        result = plan(switch, stats, method=method, experts=3, keep_layers=["none"])
+        assert sum(len(layer.groups) for layer in result.layers.values()) == 3 * len(LAYERS)
+
+    def test_groups_are_ordered_by_the_usage_of_their_dominant_expert(self, method, switch, stats):
+        for name, layer in plan(switch, stats, method=method, experts=3).layers.items():
+            keys = [(-float(stats.layers[name].usage_frequency[g.dominant]), g.dominant) for g in layer.groups]
+            assert keys == sorted(keys)
+
+    def test_keeping_every_expert_copies_every_weight(self, method, switch, stats, tmp_path):
+        result = plan(switch, stats, method=method, experts=6)
+        apply(switch, result, tmp_path / "out", stats=stats)
+        source, written = load_tensors(switch), load_tensors(tmp_path / "out")
+        for name in LAYERS:
+            for e in range(6):
+                assert torch.equal(written[f"{name}.experts.wi"][e], source[f"{name}.experts.expert_{e}.wi.weight"])
+                assert torch.equal(written[f"{name}.experts.wo"][e], source[f"{name}.experts.expert_{e}.wo.weight"])
+
+    def test_the_same_input_gives_the_same_plan(self, method, switch, stats):
+        first, second = (plan(switch, stats, method=method, experts=2, seed=3) for _ in range(2))
+        assert first.to_json() == second.to_json()
+
+    def test_the_plan_does_not_depend_on_the_batch_size_of_profiling(self, method, switch, stats, data):
+        other = profile_small(switch, data, batch_size=1)
+        assert plan(switch, other, method=method, experts=3).layers == plan(switch, stats, method=method, experts=3).layers
+
+    def test_predicted_bytes_are_those_of_the_written_tensors(self, method, switch, stats, tmp_path):
+        result = plan(switch, stats, method=method, experts=2.5)
+        apply(switch, result, tmp_path / "out", stats=stats)
+        tensors = load_tensors(tmp_path / "out").values()
+        assert result.predicted["bytes"] == sum(t.numel() * t.element_size() for t in tensors)
+
+    def test_the_plan_survives_its_file(self, method, switch, stats, tmp_path):
+        result = plan(switch, stats, method=method, experts=3)
+        result.save(tmp_path / "plan.json")
+        assert Plan.load(tmp_path / "plan.json") == result
+
+    def test_merged_copies_of_one_expert_are_that_expert(self, method, data, tmp_path):
+        copies = save_copies(tmp_path / "copies")
+        stats = profile_small(copies, data)
+        result = plan(copies, stats, method=method, experts=2)
+        apply(copies, result, tmp_path / "out", stats=stats)
+        source, written = load_tensors(copies), load_tensors(tmp_path / "out")
+        for name in result.layers:
+            wi, wo = (source[f"{name}.experts.expert_0.{part}.weight"] for part in ("wi", "wo"))
+            for merged_wi, merged_wo in zip(written[f"{name}.experts.wi"], written[f"{name}.experts.wo"], strict=True):
+                torch.testing.assert_close(merged_wi, wi)
+                torch.testing.assert_close(merged_wo, wo, rtol=1e-3, atol=1e-4)
+
+    def test_a_bfloat16_checkpoint_stays_bfloat16(self, method, data, tmp_path):
+        half = save_switch(tmp_path / "half", dtype=torch.bfloat16)
+        stats = profile_small(half, data)
+        apply(half, plan(half, stats, method=method, experts=2), tmp_path / "out", stats=stats)
+        dtypes = {t.dtype for name, t in load_tensors(tmp_path / "out").items() if not name.endswith("expert_map")}
+        assert dtypes == {torch.bfloat16}
+
+
+def save_copies(path):
+    """A checkpoint whose experts of a layer are all the same."""
+    from tiny import build_switch
+
+    model = build_switch(seed=5)
+    with torch.no_grad():
+        for name in LAYERS:
+            experts = model.get_submodule(f"{name}.experts")
+            for e in range(1, 6):
+                experts[f"expert_{e}"].load_state_dict(experts["expert_0"].state_dict())
+    model.save_pretrained(path)
+    return path
+
+
+def test_by_default_the_first_layer_of_the_encoder_is_kept(switch, stats):
+    assert list(plan(switch, stats, experts=3).layers) == list(LAYERS[1:])
+
+
+def test_kept_layers_are_not_planned(switch, stats):
+    assert list(plan(switch, stats, experts=3, keep_layers=[LAYERS[1], LAYERS[3]]).layers) == [LAYERS[0], LAYERS[2]]
+
+
+def test_keep_layer_none_plans_every_layer(switch, stats):
+    assert list(plan(switch, stats, experts=3, keep_layers=["none"]).layers) == list(LAYERS)
+
+
+def test_keeping_every_layer_is_refused(switch, stats):
+    with pytest.raises(UserError, match="nothing to compress"):
+        plan(switch, stats, experts=3, keep_layers=list(LAYERS))
+
+
+def test_usage_weights_are_shares_of_the_group():
+    assert member_weights(torch.tensor([6, 9, 2]), [0, 2], "usage") == (0.75, 0.25)  # 6/8, 2/8
+
+
+def test_a_group_that_was_never_used_is_averaged_plainly():
+    assert member_weights(torch.tensor([0, 9, 0, 0, 0]), [0, 2, 3, 4], "usage") == (0.25,) * 4
+
+
+def test_uniform_weights_ignore_usage():
+    assert member_weights(torch.tensor([6, 9, 2, 1]), [0, 3], "uniform") == (0.5, 0.5)
+
+
+def test_m_smoe_weights_its_members_by_routed_tokens(switch, stats):
+    for name, layer in plan(switch, stats, method="m-smoe", experts=2).layers.items():
+        routed = stats.layers[name].routed.double()
+        for group in layer.groups:
+            expected = routed[list(group.members)] / routed[list(group.members)].sum()
+            np.testing.assert_allclose(group.weights, expected, rtol=1e-12)
+
+
+def test_m_smoe_groups_each_expert_with_the_dominant_one_of_most_similar_logits(switch, stats):
+    for name, layer in plan(switch, stats, method="m-smoe", experts=3, budget="uniform").layers.items():
+        gram = stats.layers[name].router_logits_gram
+        dominant = [g.dominant for g in layer.groups]
+        for group in layer.groups:
+            for e in group.members:
+                cosines = {d: float(gram[e, d] / (gram[e, e] * gram[d, d]).sqrt()) for d in dominant}
+                assert e in dominant or max(cosines, key=cosines.get) == group.dominant
+
+
+def test_a_published_method_has_no_refit():
+    assert METHODS["m-smoe"].defaults == Parameters()
+    assert Parameters().refit == "none"
+
+
+@pytest.mark.parametrize("base", sorted(set(BASES) - {"gradient", "weight-gradient"}))
+def test_every_similarity_makes_a_plan_of_the_right_size(base, switch, stats):
+    result = plan(switch, stats, similarity=base, experts=3, keep_layers=["none"])
+    assert sum(len(layer.groups) for layer in result.layers.values()) == 12
+    assert result.parameters["similarity"] == base
+
+
+@pytest.mark.parametrize("base", ["gradient", "weight-gradient"])
+def test_gradient_similarities_ask_for_gradients(base, switch, stats):
+    with pytest.raises(UserError, match="profile with --gradients"):
+        plan(switch, stats, similarity=base, experts=3)
+
+
+@pytest.mark.parametrize(("experts", "shown"), [(0, "0"), (7, "7"), (0.5, "0.5"), (-1, "-1"), (float("nan"), "nan")])
+def test_an_impossible_number_of_experts_is_refused_with_the_range(experts, shown, switch, stats):
+    with pytest.raises(UserError, match=rf"--experts must be between 1 and 6 \(num_experts of {LAYERS[1]}\), got {shown}"):
+        plan(switch, stats, experts=experts)
+
+
+@pytest.mark.parametrize(
+    ("choice", "complaint"),
+    [
+        ({"method": "m-smoo"}, "unknown method 'm-smoo' - did you mean 'm-smoe'"),
+        ({"similarity": "router-logit"}, "did you mean 'router-logits'"),
+        ({"align": "weights"}, "did you mean 'weight'"),
+        ({"grouping": "zzz"}, "Choose one of: dominant, hierarchical, kmeans, spectral, random"),
+        ({"align_to": "second"}, "unknown align-to 'second'"),
+        ({"keep_layers": ["encoder.block.1.layer.1.mpl"]}, "did you mean 'encoder.block.1.layer.1.mlp'"),
+        ({"export": "onnx"}, "unknown export 'onnx'"),
+        ({"simliarity": "weight"}, "unknown parameter 'simliarity' - did you mean 'similarity'"),
+    ],
+)
+def test_an_unknown_name_lists_the_choices_and_the_closest(choice, complaint, switch, stats):
+    with pytest.raises(UserError, match=complaint):
+        plan(switch, stats, experts=3, **choice)
+
+
+def test_too_small_a_group_capacity_is_refused(switch, stats):
+    with pytest.raises(UserError, match="2 groups of at most 2 cannot hold 6 experts"):
+        plan(switch, stats, experts=2, budget="uniform", group_capacity=2)
+
+
+def test_group_capacity_holds_in_both_stacks(switch, stats):
+    result = plan(switch, stats, experts=2, budget="uniform", group_capacity=3, keep_layers=["none"])
+    assert {len(group.members) for layer in result.layers.values() for group in layer.groups} == {3}
+
+
+def test_statistics_of_another_model_are_refused(stats, tmp_path):
+    with pytest.raises(UserError, match="statistics are of another checkpoint"):
+        plan(save_switch(tmp_path / "other", seed=1), stats, experts=3)
+
+
+def test_statistics_may_be_given_as_a_folder(switch, stats, tmp_path):
+    stats.save(tmp_path / "stats")
+    assert plan(switch, str(tmp_path / "stats"), experts=3) == plan(switch, stats, experts=3)
+    assert Stats.load(tmp_path / "stats").checkpoint == stats.checkpoint
+
+
+def test_the_permutation_of_records_changes_no_group(switch, stats, records, tmp_path):
+    backwards = profile_small(switch, write_records(tmp_path / "d.jsonl", records[::-1]))
+    assert plan(switch, backwards, experts=3).layers == plan(switch, stats, experts=3).layers
+
+
+def test_a_plan_may_give_each_layer_another_number_of_experts(switch, tmp_path):
+    layers = {LAYERS[0]: layer_plan(6, [0, 1, 2, 3, 4, 5]), LAYERS[2]: layer_plan(6, [0], [1], [2], [3], [4, 5])}
+    apply(switch, plan_for(Checkpoint(switch), layers), tmp_path / "out")
+    written = load_tensors(tmp_path / "out")
+    assert [len(written[f"{name}.experts.wi"]) for name in LAYERS] == [1, 6, 5, 6]

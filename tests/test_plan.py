@@ -1,0 +1,163 @@
+"""The plan file: round trip, validation, and what belongs to another checkpoint."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import LAYERS, layer_plan, plan_for
+
+from msmoe.checkpoint import Checkpoint
+from msmoe.errors import UserError
+from msmoe.families import family_of
+from msmoe.methods import plan as make_plan
+from msmoe.plan import Group, LayerPlan, Plan
+
+LAYER = LAYERS[1]
+
+
+@st.composite
+def layer_plans(draw):
+    """Any partition of up to 8 experts, weights that sum to 1, groups in any order."""
+    num_experts = draw(st.integers(1, 8))
+    labels = draw(st.lists(st.integers(0, num_experts - 1), min_size=num_experts, max_size=num_experts))
+    groups = []
+    for label in sorted(set(labels)):
+        members = [e for e in range(num_experts) if labels[e] == label]
+        counts = draw(st.lists(st.integers(1, 9), min_size=len(members), max_size=len(members)))
+        weights = tuple(c / sum(counts) for c in counts)
+        groups.append(Group(draw(st.sampled_from(members)), tuple(members), weights))
+    return LayerPlan(num_experts, tuple(draw(st.permutations(groups))))
+
+
+@given(layers=st.lists(layer_plans(), max_size=3), seed=st.integers(0, 2**40))
+def test_a_saved_plan_loads_to_the_same_plan(layers, seed, tmp_path_factory):
+    named = {f"encoder.block.{i}.layer.1.mlp": layer for i, layer in enumerate(layers)}
+    plan = Plan("m", {"experts": 2.5, "keep_layers": []}, seed, {"fingerprint": "f"}, {"sha256": "s"}, named, {"bytes": 7})
+    file = tmp_path_factory.getbasetemp() / "plan.json"
+    plan.save(file)
+    assert Plan.load(file) == plan
+
+
+@given(layer_plans())
+def test_the_map_sends_every_member_to_its_stored_group(layer):
+    stored = [layer.groups[g] for g in layer.stored_order]
+    for index, group in enumerate(stored):
+        assert {e for e, target in enumerate(layer.expert_map) if target == index} == set(group.members)
+
+
+@given(layer_plans())
+def test_groups_are_stored_by_their_dominant_expert(layer):
+    dominants = [layer.groups[g].dominant for g in layer.stored_order]
+    assert dominants == sorted(dominants)
+
+
+def test_keeping_every_expert_maps_it_to_itself():
+    assert LayerPlan.identity(5).expert_map == [0, 1, 2, 3, 4]
+
+
+def test_a_removed_expert_maps_to_nothing():
+    layer = LayerPlan(3, (Group(2, (0, 2), (0.5, 0.5)),), removed=(1,))
+    assert layer.expert_map == [0, -1, 0]
+
+
+def test_the_plan_file_has_the_documented_form(switch, stats, tmp_path):
+    make_plan(switch, stats, method="m-smoe", experts=3).save(tmp_path / "plan.json")
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert content["format"] == "msmoe-plan/1"
+    assert content["method"] == "m-smoe"
+    assert content["checkpoint"] == {"model_type": "switch_transformers", "fingerprint": Checkpoint(switch).fingerprint}
+    assert content["stats"] == {"sha256": stats.digest}
+    assert set(content["layers"][LAYER]) == {"num_experts", "groups", "removed"}
+    assert set(content["layers"][LAYER]["groups"][0]) == {"dominant", "members", "weights"}
+    assert set(content["predicted"]) == {"num_parameters", "bytes"}
+
+
+def test_a_printed_plan_shows_layers_and_groups(switch):
+    plan = plan_for(Checkpoint(switch), {LAYER: layer_plan(6, [4, 0, 2], [1], [3, 5])})
+    assert f"{LAYER}    6 ->   3  4<0,2  1  3<5" in str(plan)
+
+
+def broken(edit) -> dict:
+    """Content of a plan of one layer with three experts, after an edit of the layer."""
+    layer = {
+        "num_experts": 3,
+        "groups": [
+            {"dominant": 0, "members": [0, 2], "weights": [0.25, 0.75]},
+            {"dominant": 1, "members": [1], "weights": [1.0]},
+        ],
+        "removed": [],
+    }
+    edit(layer)
+    return {"format": "msmoe-plan/1", "method": "m", "checkpoint": {"fingerprint": "f"}, "layers": {LAYER: layer}}
+
+
+@pytest.mark.parametrize(
+    ("edit", "complaint"),
+    [
+        (lambda l: l["groups"][1].update(members=[2], dominant=2), "expert 2 is named twice"),
+        (lambda l: l.update(removed=[1]), "expert 1 is named twice"),
+        (lambda l: l["groups"][0].update(members=[0, 3]), "expert 3 is out of range, experts are 0 to 2"),
+        (lambda l: l["groups"][0].update(members=[0, -1]), "expert -1 is out of range"),
+        (lambda l: l.update(removed=[7]), "expert 7 is out of range"),
+        (lambda l: l["groups"].pop(), "expert 1 is in no group"),
+        (lambda l: l.update(num_experts=4), "expert 3 is in no group"),
+        (lambda l: l["groups"][0].update(dominant=1), "dominant expert 1 is not a member"),
+        (lambda l: l["groups"][0].update(weights=[0.5, 0.6]), "group of expert 0 sum to 1.1"),
+        (lambda l: l["groups"][0].update(weights=[-0.5, 1.5]), "weights of the group of expert 0"),
+        (lambda l: l["groups"][0].update(weights=[float("nan"), 1]), "weights of the group of expert 0"),
+        (lambda l: l["groups"][0].update(weights=[1.0]), "2 members and 1 weights"),
+        (lambda l: l["groups"][1].update(members=[], weights=[]), "0 members"),
+        (lambda l: l["groups"][0].pop("weights"), "not a valid plan"),
+        (lambda l: l.update(groups=5), "not a valid plan"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_contradicts_itself_is_refused(edit, complaint, tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps(broken(edit)))
+    with pytest.raises(UserError, match=complaint):
+        Plan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "encoder/block", "a\\b", "encoder\nblock", "a..b"])
+def test_a_path_as_layer_name_is_refused(name, tmp_path):
+    content = broken(lambda layer: None)
+    content["layers"] = {name: content["layers"][LAYER]}
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is not a layer name"):
+        Plan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "msmoe-plan/2"}', "\x00", '{"format": "msmoe-plan/1"}'])
+def test_a_file_that_is_no_plan_is_named(text, tmp_path):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(UserError, match="plan.json is not a"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_missing_plan_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="gone.json is not a readable plan"):
+        Plan.load(tmp_path / "gone.json")
+
+
+def check(plan: Plan, folder) -> None:
+    checkpoint = Checkpoint(folder)
+    plan.check_against(checkpoint, family_of(checkpoint).layers(checkpoint))
+
+
+def test_a_plan_of_another_checkpoint_is_refused(switch, dropping_switch, copied):
+    file = copied / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="another checkpoint than"):
+        check(plan_for(Checkpoint(switch), {}), copied)
+
+
+def test_an_unknown_layer_is_named(switch):
+    with pytest.raises(UserError, match="'encoder.block.0.layer.1.mlp', which is not an MoE layer"):
+        check(plan_for(Checkpoint(switch), {"encoder.block.0.layer.1.mlp": LayerPlan.identity(6)}), switch)
+
+
+def test_a_wrong_number_of_experts_is_named(switch):
+    with pytest.raises(UserError, match=f"counts 8 experts in {LAYER}, it has 6"):
+        check(plan_for(Checkpoint(switch), {LAYER: LayerPlan.identity(8)}), switch)
