@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -52,7 +53,9 @@ def build(folder: Path, num_experts: int) -> None:
                 if layer + kind not in shared:
                     shared[layer + kind] = torch.randn(spec.shape, generator=generator) * fan_in**-0.5
                 noise = torch.randn(spec.shape, generator=generator) * 0.1 * fan_in**-0.5
-                order = torch.randperm(D_FF, generator=torch.Generator().manual_seed(hash((layer, expert)) % 2**31))
+                order = torch.randperm(
+                    D_FF, generator=torch.Generator().manual_seed(zlib.crc32(f"{layer}.{expert}".encode()))
+                )
                 tensor = shared[layer + kind] + noise
                 tensor = tensor[order] if kind.startswith("wi") else tensor[:, order]
             else:
@@ -89,7 +92,7 @@ def stage_copy(folder: Path, work: Path) -> dict:
 
 
 def stage_profile(folder: Path, work: Path) -> dict:
-    """Stock forward passes and recorded ones in turn, on the same loaded model; the whole `profile` afterwards."""
+    """Stock and recorded forward passes in turn, batch by batch, on the same loaded model."""
     from msmoe.calibration.batches import batch_indices, collate, record_key
     from msmoe.calibration.profile import load_records
     from msmoe.calibration.recorder import Recorder
@@ -104,25 +107,25 @@ def stage_profile(folder: Path, work: Path) -> dict:
     order = list(batch_indices(records, BATCH_SIZE))
     batches = [collate([records[i] for i in chosen], pad_id=0) for chosen in order]
     keys = torch.tensor([record_key(r) for r in records])
-    times: dict[str, list[float]] = {"stock": [], "recorded": []}
+    recorder = Recorder(family, model, sample_size=4096, seed=0)
+    stock = recorded = 0.0
     with torch.inference_mode():
         model(**batches[0])
-        for _ in range(2):
+        for chosen, batch in zip(order, batches, strict=True):
             started = time.perf_counter()
-            for batch in batches:
-                model(**batch)
-            times["stock"].append(time.perf_counter() - started)
+            model(**batch)
+            stock += time.perf_counter() - started
             started = time.perf_counter()
-            recorder = Recorder(family, model, sample_size=4096, seed=0)
             with recorder.attached():
-                for chosen, batch in zip(order, batches, strict=True):
-                    recorder.records = keys[chosen]
-                    for recorder.valid in family.forward(model, batch):
-                        pass
-            for layer in recorder.layers.values():
-                layer.stats()
-            times["recorded"].append(time.perf_counter() - started)
-    return {"stock forward": min(times["stock"]), "profile": min(times["recorded"])}
+                recorder.records = keys[chosen]
+                for recorder.valid in family.forward(model, batch):
+                    pass
+            recorded += time.perf_counter() - started
+        started = time.perf_counter()
+        for layer in recorder.layers.values():
+            layer.stats()
+        recorded += time.perf_counter() - started
+    return {"stock forward": stock, "profile": recorded}
 
 
 def stage_stats(folder: Path, work: Path) -> dict:
@@ -179,10 +182,14 @@ def stage_forward(folder: Path, work: Path) -> dict:
     x = torch.randn(BATCH_SIZE, SOURCE_LENGTH, D_MODEL, generator=generator)
     result = {"grouped layer": best_of(lambda: layer(x), 15), "dense layer": best_of(lambda: dense(x), 15)}
     result["compressed forward"] = best_of(lambda: compressed(**batch), 5)
-    del compressed, layer, dense
+    return result | {"stock forward, one batch": time_stock(folder, batch)}
+
+
+def time_stock(folder: Path, batch: dict) -> float:
+    import msmoe
+
     stock = msmoe.load(folder)
-    result["stock forward, one batch"] = best_of(lambda: stock(**batch), 5)
-    return result
+    return best_of(lambda: stock(**batch), 5)
 
 
 @torch.inference_mode()

@@ -15,7 +15,9 @@ F, D = 12, 7
 
 def random_expert(seed: int = 0, *, f: int = F, dtype: torch.dtype = torch.float32) -> Expert:
     generator = torch.Generator().manual_seed(seed)
-    return Expert(torch.randn(f, D, generator=generator, dtype=dtype), torch.randn(D, f, generator=generator, dtype=dtype))
+    return Expert(
+        torch.randn(f, D, generator=generator, dtype=dtype), torch.randn(D, f, generator=generator, dtype=dtype)
+    )
 
 
 def random_inputs(count: int = 200, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:

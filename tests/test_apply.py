@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -41,14 +40,18 @@ def merged_naively(tensors, layer, group, *, reference):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_written_experts_are_the_naive_average_of_aligned_members(dtype, align_to, data, tmp_path):
     source = save_switch(tmp_path / "ckpt", dtype=dtype)
-    plan = compress(source, profile_small(source, data), tmp_path / "out", experts=2, method="m-smoe", align_to=align_to)
+    plan = compress(
+        source, profile_small(source, data), tmp_path / "out", experts=2, method="m-smoe", align_to=align_to
+    )
     before, after = load_tensors(source), load_tensors(tmp_path / "out")
     for name, layer in plan.layers.items():
         for group in layer.groups:
             index = layer.expert_map[group.dominant]
             written = after[f"{name}.experts.wi"][index], after[f"{name}.experts.wo"][index]
             if len(group.members) > 1:
-                expected = merged_naively(before, name, group, reference=group.dominant if align_to == "dominant" else 0)
+                expected = merged_naively(
+                    before, name, group, reference=group.dominant if align_to == "dominant" else 0
+                )
                 for ours, naive in zip(written, expected, strict=True):
                     tolerance = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
                     torch.testing.assert_close(ours.float(), naive, rtol=tolerance, atol=1e-6)
@@ -90,7 +93,9 @@ def test_weights_do_not_depend_on_the_number_of_workers(export, switch, stats, t
 
 def test_the_same_run_twice_gives_the_same_folder_byte_for_byte(switch, stats, exact, tmp_path):
     compress(switch, stats, tmp_path / "again")
-    assert {f.name: f.read_bytes() for f in exact.iterdir()} == {f.name: f.read_bytes() for f in (tmp_path / "again").iterdir()}
+    assert {f.name: f.read_bytes() for f in exact.iterdir()} == {
+        f.name: f.read_bytes() for f in (tmp_path / "again").iterdir()
+    }
 
 
 def test_shards_hold_the_same_tensors_as_one_file(switch, stats, exact, tmp_path):
@@ -225,46 +230,50 @@ def test_force_keeps_the_old_folder_if_the_run_fails(switch, stats, tmp_path):
 def test_a_full_disk_is_reported_before_any_weight_is_written(switch, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match="needs .* bytes, the disk has 1,000 free"):
+    with pytest.raises(UserError, match=r"needs .* bytes, the disk has 1,000 free"):
         apply(switch, plan_for(Checkpoint(switch), PLANNED), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 KILLED = """
-    import os, signal, sys
+    import json, os, signal, sys
     from msmoe.apply import apply
 
-    def progress(done, total):
-        if done == int(sys.argv[6]):
-            os.kill(os.getpid(), signal.SIGKILL)
+    for job in json.loads(sys.argv[1]):
+        def progress(done, total):
+            if done == total - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint, plan, stats, out, export = sys.argv[1:6]
-    apply(checkpoint, plan, out, stats=stats, export=export, router="dominant", workers=1, progress=progress)
+        child = os.fork()
+        if child == 0:
+            apply(**job, router="dominant", workers=1, progress=progress)
+            os._exit(0)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
 """
 
 
-def run_killed(switch, plan, stats, out: Path, *, export: str, after: int) -> None:
-    """Apply in a process that is killed after some merged groups."""
-    stats.save(out.with_name("stats"))
-    plan.save(out.with_name("plan.json"))
-    arguments = [switch, out.with_name("plan.json"), out.with_name("stats"), out, export, after]
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), *map(str, arguments)]
+@pytest.fixture(scope="module")
+def killed_runs(switch, stats, tmp_path_factory):
+    """Export -> what a process leaves that was killed before its last group, the plan, and an untouched result."""
+    work, runs, jobs = tmp_path_factory.mktemp("killed"), {}, []
+    stats.save(work / "stats")
+    for export, choices in (("exact", {}), ("native", {"budget": "uniform", "keep_layers": ["none"]})):
+        folder, plan = work / export, make_plan(switch, stats, experts=3, export=export, **choices)
+        folder.mkdir()
+        plan.save(work / f"{export}.json")
+        apply(switch, plan, folder / "whole", stats=stats, export=export, router="dominant")
+        paths = {"checkpoint": switch, "plan": work / f"{export}.json", "stats": work / "stats", "out": folder / "out"}
+        jobs.append({key: str(path) for key, path in paths.items()} | {"export": export})
+        runs[export] = folder, plan, export
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), json.dumps(jobs)]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert result.returncode == 0, result.stderr
+    return runs
 
 
-@pytest.fixture(scope="module", params=["exact", "native"])
-def killed(request, switch, stats, tmp_path_factory):
-    """What a process leaves that was killed in the middle; also the plan, the export and the untouched result."""
-    export = request.param
-    folder = tmp_path_factory.mktemp(f"killed-{export}")
-    choices = {} if export == "exact" else {"budget": "uniform", "keep_layers": ["none"]}
-    plan = make_plan(switch, stats, experts=3, export=export, **choices)
-    num_groups = sum(len(g.members) > 1 for layer in plan.layers.values() for g in layer.groups)
-    run_killed(switch, plan, stats, folder / "out", export=export, after=num_groups - 1)
-    report = apply(switch, plan, folder / "whole", stats=stats, export=export, router="dominant")
-    assert len(report.groups) == num_groups
-    return folder, plan, export
+@pytest.fixture(params=["exact", "native"])
+def killed(request, killed_runs):
+    return killed_runs[request.param]
 
 
 def copy_partial(folder: Path, to: Path) -> Path:
@@ -286,7 +295,9 @@ def test_a_killed_run_resumes_to_byte_equal_output(killed, switch, stats, tmp_pa
 
 def test_a_resumed_run_merges_only_what_is_missing(killed, switch, stats, tmp_path):
     folder, plan, export = killed
-    merged = apply(switch, plan, copy_partial(folder, tmp_path), stats=stats, export=export, router="dominant", resume=True).groups
+    merged = apply(
+        switch, plan, copy_partial(folder, tmp_path), stats=stats, export=export, router="dominant", resume=True
+    ).groups
     # killed in the last layer: the layers before it are complete
     assert {report.layer for report in merged} == {LAYERS[-1]}
 

@@ -23,7 +23,9 @@ def random_usage(num_experts: int, seed: int = 0) -> torch.Tensor:
 
 # Few distinct values and zeros: ties everywhere.
 tied_usage = st.lists(
-    st.lists(st.integers(0, 3), min_size=6, max_size=6).map(lambda c: np.array(c) / max(sum(c), 1)), min_size=1, max_size=6
+    st.lists(st.integers(0, 3), min_size=6, max_size=6).map(lambda c: np.array(c) / max(sum(c), 1)),
+    min_size=1,
+    max_size=6,
 )
 
 
@@ -68,7 +70,7 @@ def test_a_uniform_budget_gives_every_layer_the_same():
 
 
 def test_a_uniform_budget_must_be_whole():
-    with pytest.raises(UserError, match="whole number of experts, got 2.5"):
+    with pytest.raises(UserError, match=r"whole number of experts, got 2.5"):
         group_counts([np.full(4, 0.25)], 2.5, budget="uniform")
 
 
@@ -109,7 +111,9 @@ class TestEveryGrouping:
 
     def test_the_same_seed_gives_the_same_groups(self, grouping):
         arguments = random_usage(8), random_similarity(8), 3
-        assert group_experts(*arguments, grouping=grouping, seed=5) == group_experts(*arguments, grouping=grouping, seed=5)
+        assert group_experts(*arguments, grouping=grouping, seed=5) == group_experts(
+            *arguments, grouping=grouping, seed=5
+        )
 
     def test_nan_in_the_similarity_is_refused(self, grouping):
         broken = random_similarity(4)
@@ -161,7 +165,9 @@ def test_capacity_is_respected_or_refused(seed, count, capacity):
         with pytest.raises(UserError, match=f"{count} groups of at most {capacity} cannot hold 8 experts"):
             group_experts(usage, similarity, count, capacity=capacity)
     else:
-        assert max(len(members) for _, members in group_experts(usage, similarity, count, capacity=capacity)) <= capacity
+        assert (
+            max(len(members) for _, members in group_experts(usage, similarity, count, capacity=capacity)) <= capacity
+        )
 
 
 def test_with_capacity_the_more_used_expert_chooses_first():

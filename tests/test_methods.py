@@ -47,7 +47,9 @@ class TestEveryMethod:
 
     def test_the_plan_does_not_depend_on_the_batch_size_of_profiling(self, method, switch, stats, data):
         other = profile_small(switch, data, batch_size=1)
-        assert plan(switch, other, method=method, experts=3).layers == plan(switch, stats, method=method, experts=3).layers
+        assert (
+            plan(switch, other, method=method, experts=3).layers == plan(switch, stats, method=method, experts=3).layers
+        )
 
     def test_predicted_bytes_are_those_of_the_written_tensors(self, method, switch, stats, tmp_path):
         result = plan(switch, stats, method=method, experts=2.5)
@@ -161,7 +163,9 @@ def test_gradient_similarities_ask_for_gradients(base, switch, stats):
 
 @pytest.mark.parametrize(("experts", "shown"), [(0, "0"), (7, "7"), (0.5, "0.5"), (-1, "-1"), (float("nan"), "nan")])
 def test_an_impossible_number_of_experts_is_refused_with_the_range(experts, shown, switch, stats):
-    with pytest.raises(UserError, match=rf"--experts must be between 1 and 6 \(num_experts of {LAYERS[1]}\), got {shown}"):
+    with pytest.raises(
+        UserError, match=rf"--experts must be between 1 and 6 \(num_experts of {LAYERS[1]}\), got {shown}"
+    ):
         plan(switch, stats, experts=experts)
 
 

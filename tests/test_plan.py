@@ -33,7 +33,9 @@ def layer_plans(draw):
 @given(layers=st.lists(layer_plans(), max_size=3), seed=st.integers(0, 2**40))
 def test_a_saved_plan_loads_to_the_same_plan(layers, seed, tmp_path_factory):
     named = {f"encoder.block.{i}.layer.1.mlp": layer for i, layer in enumerate(layers)}
-    plan = Plan("m", {"experts": 2.5, "keep_layers": []}, seed, {"fingerprint": "f"}, {"sha256": "s"}, named, {"bytes": 7})
+    plan = Plan(
+        "m", {"experts": 2.5, "keep_layers": []}, seed, {"fingerprint": "f"}, {"sha256": "s"}, named, {"bytes": 7}
+    )
     file = tmp_path_factory.getbasetemp() / "plan.json"
     plan.save(file)
     assert Plan.load(file) == plan
@@ -95,21 +97,21 @@ def broken(edit) -> dict:
 @pytest.mark.parametrize(
     ("edit", "complaint"),
     [
-        (lambda l: l["groups"][1].update(members=[2], dominant=2), "expert 2 is named twice"),
-        (lambda l: l.update(removed=[1]), "expert 1 is named twice"),
-        (lambda l: l["groups"][0].update(members=[0, 3]), "expert 3 is out of range, experts are 0 to 2"),
-        (lambda l: l["groups"][0].update(members=[0, -1]), "expert -1 is out of range"),
-        (lambda l: l.update(removed=[7]), "expert 7 is out of range"),
-        (lambda l: l["groups"].pop(), "expert 1 is in no group"),
-        (lambda l: l.update(num_experts=4), "expert 3 is in no group"),
-        (lambda l: l["groups"][0].update(dominant=1), "dominant expert 1 is not a member"),
-        (lambda l: l["groups"][0].update(weights=[0.5, 0.6]), "group of expert 0 sum to 1.1"),
-        (lambda l: l["groups"][0].update(weights=[-0.5, 1.5]), "weights of the group of expert 0"),
-        (lambda l: l["groups"][0].update(weights=[float("nan"), 1]), "weights of the group of expert 0"),
-        (lambda l: l["groups"][0].update(weights=[1.0]), "2 members and 1 weights"),
-        (lambda l: l["groups"][1].update(members=[], weights=[]), "0 members"),
-        (lambda l: l["groups"][0].pop("weights"), "not a valid plan"),
-        (lambda l: l.update(groups=5), "not a valid plan"),
+        (lambda x: x["groups"][1].update(members=[2], dominant=2), "expert 2 is named twice"),
+        (lambda x: x.update(removed=[1]), "expert 1 is named twice"),
+        (lambda x: x["groups"][0].update(members=[0, 3]), "expert 3 is out of range, experts are 0 to 2"),
+        (lambda x: x["groups"][0].update(members=[0, -1]), "expert -1 is out of range"),
+        (lambda x: x.update(removed=[7]), "expert 7 is out of range"),
+        (lambda x: x["groups"].pop(), "expert 1 is in no group"),
+        (lambda x: x.update(num_experts=4), "expert 3 is in no group"),
+        (lambda x: x["groups"][0].update(dominant=1), "dominant expert 1 is not a member"),
+        (lambda x: x["groups"][0].update(weights=[0.5, 0.6]), "group of expert 0 sum to 1.1"),
+        (lambda x: x["groups"][0].update(weights=[-0.5, 1.5]), "weights of the group of expert 0"),
+        (lambda x: x["groups"][0].update(weights=[float("nan"), 1]), "weights of the group of expert 0"),
+        (lambda x: x["groups"][0].update(weights=[1.0]), "2 members and 1 weights"),
+        (lambda x: x["groups"][1].update(members=[], weights=[]), "0 members"),
+        (lambda x: x["groups"][0].pop("weights"), "not a valid plan"),
+        (lambda x: x.update(groups=5), "not a valid plan"),
     ],
 )  # fmt: skip
 def test_a_plan_that_contradicts_itself_is_refused(edit, complaint, tmp_path):
@@ -130,12 +132,12 @@ def test_a_path_as_layer_name_is_refused(name, tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "msmoe-plan/2"}', "\x00", '{"format": "msmoe-plan/1"}'])
 def test_a_file_that_is_no_plan_is_named(text, tmp_path):
     (tmp_path / "plan.json").write_text(text)
-    with pytest.raises(UserError, match="plan.json is not a"):
+    with pytest.raises(UserError, match=r"plan.json is not a"):
         Plan.load(tmp_path / "plan.json")
 
 
 def test_a_missing_plan_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="gone.json is not a readable plan"):
+    with pytest.raises(UserError, match=r"gone.json is not a readable plan"):
         Plan.load(tmp_path / "gone.json")
 
 
@@ -154,7 +156,7 @@ def test_a_plan_of_another_checkpoint_is_refused(switch, dropping_switch, copied
 
 
 def test_an_unknown_layer_is_named(switch):
-    with pytest.raises(UserError, match="'encoder.block.0.layer.1.mlp', which is not an MoE layer"):
+    with pytest.raises(UserError, match=r"'encoder.block.0.layer.1.mlp', which is not an MoE layer"):
         check(plan_for(Checkpoint(switch), {"encoder.block.0.layer.1.mlp": LayerPlan.identity(6)}), switch)
 
 

@@ -1,4 +1,4 @@
-"""Tiny but real Switch models on disk, calibration files for them, and naive counterparts of what the package computes."""
+"""Tiny but real Switch models on disk, calibration files for them, and naive counterparts of our code."""
 
 import json
 from pathlib import Path
@@ -66,7 +66,9 @@ def profile_small(checkpoint: Path, data: Path, **options):
     return profile(checkpoint, data, **{"samples": 64, "batch_size": 8, "token_sample": 4096} | options)
 
 
-def compress(checkpoint: Path, stats, out: Path, *, experts: float = 3, export: str = "exact", apply_options=None, **choices):
+def compress(
+    checkpoint: Path, stats, out: Path, *, experts: float = 3, export: str = "exact", apply_options=None, **choices
+):
     """Plan and apply; returns the plan."""
     if export != "exact":
         choices = {"budget": "uniform", "keep_layers": ["none"]} | choices
@@ -100,9 +102,7 @@ def plan_for(checkpoint, layers: dict[str, LayerPlan], **parameters) -> Plan:
 
 def layer_plan(num_experts: int, *groups: list[int]) -> LayerPlan:
     """Groups with equal weights; the first member dominates."""
-    return LayerPlan(
-        num_experts, tuple(Group(g[0], tuple(sorted(g)), tuple(1 / len(g) for _ in g)) for g in groups)
-    )
+    return LayerPlan(num_experts, tuple(Group(g[0], tuple(sorted(g)), tuple(1 / len(g) for _ in g)) for g in groups))
 
 
 def batch_of(records: list[dict]) -> dict[str, torch.Tensor]:
@@ -111,7 +111,9 @@ def batch_of(records: list[dict]) -> dict[str, torch.Tensor]:
     target = max(len(r["labels"]) for r in records)
     return {
         "input_ids": torch.tensor([r["input_ids"] + [0] * (source - len(r["input_ids"])) for r in records]),
-        "attention_mask": torch.tensor([[1] * len(r["input_ids"]) + [0] * (source - len(r["input_ids"])) for r in records]),
+        "attention_mask": torch.tensor(
+            [[1] * len(r["input_ids"]) + [0] * (source - len(r["input_ids"])) for r in records]
+        ),
         "labels": torch.tensor([r["labels"] + [-100] * (target - len(r["labels"])) for r in records]),
     }
 

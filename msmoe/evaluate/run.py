@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.utils.generic import ModelOutput
 
 from msmoe.calibration.batches import IGNORE, batch_indices, collate
 from msmoe.calibration.profile import load_tokenizer
@@ -168,8 +167,8 @@ class Scorer:
             for i, text in zip(chosen, texts, strict=True):
                 self.answers[i] = text.strip()
 
-    def _loss(self, encoded: ModelOutput, mask: Tensor, labels: Tensor) -> np.ndarray:
-        """Summed cross-entropy (B,) of target tokens (B, S')."""
+    def _loss(self, encoded, mask: Tensor, labels: Tensor) -> np.ndarray:
+        """Summed cross-entropy (B,) of target tokens (B, S'), given the encoder's output."""
         output = self.model(
             encoder_outputs=encoded,
             attention_mask=mask,

@@ -9,8 +9,8 @@ from transformers import SwitchTransformersForConditionalGeneration
 
 from msmoe.calibration.batches import batch_indices, collate
 from msmoe.calibration.profile import profile
-from msmoe.calibration.records import TokenRecord
 from msmoe.calibration.recorder import Recorder
+from msmoe.calibration.records import TokenRecord
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
 from msmoe.families import FAMILIES
@@ -68,9 +68,10 @@ def assert_same_sample(a, b):
 
 
 @pytest.mark.parametrize("which", ["switch", "dropping_switch"])
-def test_counts_equal_a_naive_recount_token_by_token(which, records, data, request):
-    checkpoint = request.getfixturevalue(which)
-    stats, naive = profile_small(checkpoint, data), recount(checkpoint, records)
+def test_counts_equal_a_naive_recount_token_by_token(which, records, request, tmp_path):
+    checkpoint, few = request.getfixturevalue(which), records[:15]
+    stats = profile_small(checkpoint, write_records(tmp_path / "d.jsonl", few))
+    naive = recount(checkpoint, few)
     for name, (routed, dispatched, gate_mass, soft_mass) in naive.items():
         layer = stats.layers[name]
         assert layer.routed.tolist() == routed
@@ -129,7 +130,7 @@ def test_statistics_do_not_depend_on_padding_in_the_file(dropping_switch, droppi
     assert_same_statistics(profile_small(dropping_switch, write_records(tmp_path / "d.jsonl", padded)), dropping_stats)
 
 
-@pytest.mark.parametrize("token_sample", [60, 200, 300, 400])
+@pytest.mark.parametrize("token_sample", [60, 300])
 def test_the_token_sample_does_not_depend_on_batch_size_and_order(token_sample, switch, data, records, tmp_path):
     backwards = write_records(tmp_path / "d.jsonl", records[::-1])
     one = profile_small(switch, data, token_sample=token_sample, batch_size=1)
@@ -143,7 +144,9 @@ def test_permuting_the_experts_permutes_the_counts(switch, stats, data, tmp_path
     original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         for layer in LAYERS:
-            model.get_parameter(f"{layer}.router.classifier.weight").copy_(original[f"{layer}.router.classifier.weight"][order])
+            model.get_parameter(f"{layer}.router.classifier.weight").copy_(
+                original[f"{layer}.router.classifier.weight"][order]
+            )
             for new, old in enumerate(order):
                 for part in ("wi", "wo"):
                     key = f"{layer}.experts.expert_{{}}.{part}.weight"
@@ -156,7 +159,9 @@ def test_permuting_the_experts_permutes_the_counts(switch, stats, data, tmp_path
 
 def test_a_bfloat16_checkpoint_is_counted_on_its_own_weights_in_float32(records, data, tmp_path):
     half = save_switch(tmp_path / "half", dtype=torch.bfloat16)
-    SwitchTransformersForConditionalGeneration.from_pretrained(half, dtype=torch.float32).save_pretrained(tmp_path / "full")
+    SwitchTransformersForConditionalGeneration.from_pretrained(half, dtype=torch.float32).save_pretrained(
+        tmp_path / "full"
+    )
     assert_same_statistics(profile_small(half, data), profile_small(tmp_path / "full", data))
 
 
@@ -171,7 +176,9 @@ def test_sharding_changes_neither_fingerprint_nor_statistics(switch, stats, data
 @pytest.mark.parametrize("options", [{"num_sparse_encoder_layers": 4, "num_sparse_decoder_layers": 4}])
 def test_with_sparse_step_one_every_block_is_recorded(options, data, tmp_path):
     stats = profile_small(save_switch(tmp_path / "ckpt", **options), data)
-    assert list(stats.layers) == [f"{s}.block.{i}.layer.{p}.mlp" for s, p in (("encoder", 1), ("decoder", 2)) for i in range(4)]
+    assert list(stats.layers) == [
+        f"{s}.block.{i}.layer.{p}.mlp" for s, p in (("encoder", 1), ("decoder", 2)) for i in range(4)
+    ]
 
 
 def test_samples_bounds_the_records_by_a_seeded_choice(switch, data):
@@ -201,7 +208,10 @@ def test_gradient_grams_equal_those_of_a_loop_over_single_records(switch, record
             grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
             flat.append(torch.cat([g.flatten() for g in grads]).double())
             scaled.append(torch.cat([(g * w.detach()).flatten() for g, w in zip(grads, weights, strict=True)]).double())
-        for vectors, gram in ((flat, stats.layers[name].gradient_gram), (scaled, stats.layers[name].weight_gradient_gram)):
+        for vectors, gram in (
+            (flat, stats.layers[name].gradient_gram),
+            (scaled, stats.layers[name].weight_gradient_gram),
+        ):
             expected = torch.stack(vectors) @ torch.stack(vectors).T
             torch.testing.assert_close(gram, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
@@ -210,7 +220,7 @@ def test_hooks_are_removed_even_if_the_model_fails(switch):
     family = FAMILIES["switch_transformers"]
     model = family.load_model(switch, dtype=torch.float32)
     recorder = Recorder(family, model, sample_size=8, seed=0)
-    with pytest.raises(IndexError), recorder.attached():  # token 999 is not in the vocabulary
+    with pytest.raises(IndexError), recorder.attached():  # token 999 is not in the vocabulary  # noqa: PT012
         recorder.records = torch.tensor([1])
         batch = collate([TokenRecord([999], [3])], pad_id=0)
         for recorder.valid in family.forward(model, batch):
@@ -228,7 +238,9 @@ def test_nan_in_an_expert_is_named(copied, data):
         profile_small(copied, data)
 
 
-@pytest.mark.parametrize("key", ["encoder.block.0.layer.0.SelfAttention.o.weight", "encoder.block.1.layer.1.mlp.router.classifier.weight"])
+@pytest.mark.parametrize(
+    "key", ["encoder.block.0.layer.0.SelfAttention.o.weight", "encoder.block.1.layer.1.mlp.router.classifier.weight"]
+)
 def test_nan_in_any_tensor_the_statistics_depend_on_is_named(key, copied, data):
     model = SwitchTransformersForConditionalGeneration.from_pretrained(copied)
     with torch.no_grad():
@@ -240,7 +252,7 @@ def test_nan_in_any_tensor_the_statistics_depend_on_is_named(key, copied, data):
 
 @pytest.mark.parametrize("option", ["samples", "batch_size", "token_sample"])
 def test_counts_below_one_are_refused_with_the_value(option, switch, data):
-    with pytest.raises(UserError, match="at least 1, got .*-3"):
+    with pytest.raises(UserError, match=r"at least 1, got .*-3"):
         profile_small(switch, data, **{option: -3})
 
 

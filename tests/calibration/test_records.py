@@ -139,7 +139,7 @@ def test_an_empty_file_is_refused(content, complaint, tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match="cannot read .*gone.jsonl: No such file"):
+    with pytest.raises(DataError, match=r"cannot read .*gone.jsonl: No such file"):
         read_records(tmp_path / "gone.jsonl")
 
 

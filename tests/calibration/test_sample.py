@@ -15,7 +15,9 @@ def sample_of(keys, expert) -> TokenSample:
     return TokenSample(inputs, expert, torch.ones(len(keys)), keys * 7, torch.zeros_like(keys), keys)
 
 
-tokens = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 3)), min_size=1, max_size=60, unique_by=lambda t: t[0])
+tokens = st.lists(
+    st.tuples(st.integers(0, 10**6), st.integers(0, 3)), min_size=1, max_size=60, unique_by=lambda t: t[0]
+)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 120), st.integers(0, 12), st.integers(1, 60))
@@ -62,7 +64,9 @@ def test_weights_undo_the_stratification():
 def test_the_weights_of_recorded_samples_sum_to_the_dispatched_tokens(dropping_stats):
     for layer in dropping_stats.layers.values():
         sample = layer.tokens()
-        total = torch.zeros(layer.num_experts, dtype=torch.float64).index_add_(0, sample.expert, sample.weights(layer.dispatched))
+        total = torch.zeros(layer.num_experts, dtype=torch.float64).index_add_(
+            0, sample.expert, sample.weights(layer.dispatched)
+        )
         torch.testing.assert_close(total, layer.dispatched.double())
 
 
@@ -91,7 +95,9 @@ def test_keys_are_uniform_and_distinct_for_every_seed(seed):
     keys = token_keys(records, positions, seed=seed)
     assert len(np.unique(keys)) == 4000
     assert (keys >= 0).all()
-    assert abs(keys.astype(float).mean() / 2**63 - 0.5) < 0.02  # standard deviation of the mean: 0.29 / sqrt(4000) = 0.005
+    assert (
+        abs(keys.astype(float).mean() / 2**63 - 0.5) < 0.02
+    )  # standard deviation of the mean: 0.29 / sqrt(4000) = 0.005
 
 
 def test_another_seed_gives_other_keys():

@@ -108,7 +108,11 @@ def test_saved_statistics_load_to_the_same_values(stats, tmp_path):
     for name, layer in stats.layers.items():
         for field in dataclasses.fields(LayerStats):
             ours, theirs = getattr(layer, field.name), getattr(loaded.layers[name], field.name)
-            assert field.name == "sample" or ours is theirs or bool((torch.as_tensor(ours) == torch.as_tensor(theirs)).all())
+            assert (
+                field.name == "sample"
+                or ours is theirs
+                or bool((torch.as_tensor(ours) == torch.as_tensor(theirs)).all())
+            )
         for field in dataclasses.fields(TokenSample):
             assert torch.equal(getattr(layer.tokens(), field.name), getattr(loaded.layers[name].tokens(), field.name))
 

@@ -55,18 +55,13 @@ def test_the_reported_errors_are_those_of_the_held_out_tokens():
     assert (result.num_fitted, result.num_held_out) == (int((~held_out).sum()), int(held_out.sum()))
 
 
-def test_with_enough_tokens_the_error_falls_well_below_that_of_the_average():
-    result = refit_output(*problem(3000))
-    assert result.error_after < 0.8 * result.error_before
-
-
 @pytest.mark.parametrize("num_tokens", [16, 400])
 @pytest.mark.parametrize("ridge", [1e-3, 0.1, 3.0])
 def test_the_solution_satisfies_the_normal_equations(num_tokens, ridge):
-    merged, x, gate, targets, weights, held_out = problem(num_tokens)
+    good, x, gate, targets, weights, held_out = problem(num_tokens)
+    merged = Expert(good.wi, torch.full_like(good.wo, 5.0))  # so far off that any fit helps
     result = refit_output(merged, x, gate, targets, weights, held_out, ridges=(ridge,))
-    if result.ridge is None:  # kept the average: check the equations on a fit that surely helps
-        pytest.fail("the ridge under test was not chosen")
+    assert result.ridge == ridge
     used = ~held_out
     h = ((x @ merged.wi.T).relu() * gate[:, None])[used].double()
     y, w = targets[used].double(), weights[used]

@@ -68,7 +68,9 @@ def test_tokens_over_capacity_drop_exactly_as_in_the_stock_model(capacity, switc
     source = save_switch(tmp_path / "ckpt", expert_capacity=capacity)
     layers = {name: layer_plan(6, [0, 3, 5], [1, 2, 4]) for name in LAYERS}
     apply(source, plan_for(Checkpoint(source), layers), tmp_path / "out")
-    close(logits_of(load_exact(tmp_path / "out"), BATCH), logits_of(with_merged_experts(source, tmp_path / "out"), BATCH))
+    close(
+        logits_of(load_exact(tmp_path / "out"), BATCH), logits_of(with_merged_experts(source, tmp_path / "out"), BATCH)
+    )
 
 
 def make_layer(mapping: list[int], *, capacity: int, rows: torch.Tensor) -> GroupedSparseMLP:
@@ -97,7 +99,9 @@ def test_capacity_counts_per_original_expert_and_sequence_and_a_dropped_token_gi
     to_first, to_second = [2.0, 0.0], [0.0, 2.0]
     x = torch.tensor([[to_first, to_second, to_first], [to_second, to_second, to_first]])
     gate = float(torch.tensor([2.0, 0.0]).softmax(-1)[0])
-    kept = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0]])[..., None]  # the third, and the second of the other sequence
+    kept = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0]])[
+        ..., None
+    ]  # the third, and the second of the other sequence
     torch.testing.assert_close(layer(x), x * gate * kept)
 
 
