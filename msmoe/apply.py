@@ -106,6 +106,7 @@ def apply(
         copy_tensors(writer, layout, source)
         routers = write_routers(writer, layout, sources, router)
         reports = []
+        left = set(layout.merged)
         for layer, g, merged, report in merge_groups(
             sources, layout, writer.done, data=data, workers=workers, progress=progress
         ):
@@ -113,6 +114,11 @@ def apply(
                 checksums[slot] = checksum(tensor.to(to_dtype(writer.specs[slot.tensor].dtype)))
                 writer.write(slot.tensor, tensor, index=slot.index)
             reports.append(report)
+            left.discard((layer, g))
+            waiting = {slot.tensor for key in left for slot in layout.merged[key]}
+            for slot in layout.merged[layer, g]:
+                if slot.tensor not in waiting | writer.done:
+                    writer.finish(slot.tensor)
         for spec in layout.tensors:
             if spec.name not in writer.done:
                 writer.finish(spec.name)

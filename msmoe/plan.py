@@ -140,6 +140,7 @@ class Plan:
             raise UserError(f"the plan was made for another checkpoint than {checkpoint.path} (fingerprints differ)")
         known = {layer.name: layer.num_experts for layer in layers}
         for name, layer in self.layers.items():
+            check_layer(name, layer)
             if name not in known:
                 raise UserError(f"the plan names {name!r}, which is not an MoE layer of {checkpoint.path}")
             if layer.num_experts != known[name]:

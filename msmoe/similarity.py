@@ -68,8 +68,8 @@ def gram_similarity(gram: Tensor, *, metric: Metric = "cosine") -> Tensor:
     else:
         mean_square = (square[:, None] + square[None, :]) / 2
         similarity = 1 / (1 + (2 * mean_square - 2 * gram).clamp(min=0) / mean_square.clamp(min=TINY))
-    dead = square <= 0
-    return finish(similarity.masked_fill(dead[:, None] | dead[None, :], 0.0))
+    dead = square <= 0  # exactly 0 means undefined; opposite vectors stay just above it
+    return finish(similarity.clamp(min=TINY).masked_fill(dead[:, None] | dead[None, :], 0.0))
 
 
 def finish(similarity: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def profile(
     )
     pad_id = source.config.get("pad_token_id") or 0
     model = family.load_model(source.path, dtype=torch.float32)
-    check_finite_experts(family, source, model)
+    check_finite(source, model)
     model.to(device)
     keys = torch.tensor([record_key(r) for r in records])
     recorder = Recorder(family, model, sample_size=token_sample, seed=seed)
@@ -125,13 +125,11 @@ def load_records(
     return tokenized, digest_records(chosen)
 
 
-def check_finite_experts(family: Family, checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Raise `UserError` naming the first expert tensor of the model with a NaN or infinite value."""
-    for layer in family.layers(checkpoint):
-        for e in range(layer.num_experts):
-            for key in family.expert_keys(layer.name, e):
-                if not model.get_parameter(key).detach().sum().isfinite():
-                    checkpoint.read_finite(key)
+def check_finite(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Raise `UserError` naming the first tensor of the model with a NaN or infinite value."""
+    for name, parameter in model.named_parameters():
+        if name in checkpoint and not parameter.detach().sum().isfinite():
+            checkpoint.read_finite(name)
 
 
 def load_tokenizer(path: Path):

@@ -91,7 +91,7 @@ def read_records(path: str | Path) -> list[dict]:
     if not path.exists() and path.suffix not in (".jsonl", ".json", ".txt"):
         return read_dataset(str(path))
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: strings may hold U+2028
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -173,9 +173,8 @@ def tokenize(
         if "input_ids" in record:
             inputs = strip_trailing(record["input_ids"], pad_id)
             labels = strip_trailing(record["labels"], -100)
-            out_of_range = next(
-                (t for t in (*inputs, *labels) if not (0 <= t < (vocab_size or 2**31) or t == -100)), None
-            )
+            ids = (*inputs, *(label for label in labels if label != -100))
+            out_of_range = next((t for t in ids if not 0 <= t < (vocab_size or 2**31)), None)
             if out_of_range is not None:
                 raise DataError(f"record {i}: token id {out_of_range} is outside the vocabulary of {vocab_size}")
         elif tokenizer is None:

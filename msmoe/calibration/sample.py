@@ -73,15 +73,16 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 def token_keys(records: np.ndarray, positions: np.ndarray, *, seed: int) -> np.ndarray:
     """Sampling keys (T,) int64, uniform and non-negative, from record identities and positions (T,)."""
-    state = mix(records.astype(np.uint64) + np.uint64(seed % 2**64) * np.uint64(0x9E3779B97F4A7C15))
+    state = mix(records.astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64))
     return (mix(state + positions.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)) >> np.uint64(1)).astype(np.int64)
 
 
 def sample_mask(keys: np.ndarray, expert: np.ndarray, num_experts: int, size: int) -> np.ndarray:
     """Which tokens (T,) belong to a sample of at most `size`.
 
-    Half of the places go to the smallest keys of all, half to the smallest keys of each expert in equal shares, so
-    that rarely used experts are represented. A token may hold both kinds of place.
+    Half of the places go to the smallest keys of each expert in equal shares, so that rarely used experts are
+    represented; the others, and what an expert leaves of its share, to the smallest keys among the rest. The sample
+    of a union is the sample of the parts' samples.
     """
     if len(keys) <= size:
         return np.ones(len(keys), dtype=bool)
@@ -91,5 +92,6 @@ def sample_mask(keys: np.ndarray, expert: np.ndarray, num_experts: int, size: in
     rank = np.empty(len(keys), dtype=np.int64)
     rank[order] = np.arange(len(keys)) - starts[expert[order]]
     mask = rank < share
-    mask[np.argsort(keys, kind="stable")[: size - share * num_experts]] = True
+    others = np.flatnonzero(~mask)
+    mask[others[np.argsort(keys[others], kind="stable")[: size - np.count_nonzero(mask)]]] = True
     return mask

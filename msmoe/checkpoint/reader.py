@@ -71,19 +71,21 @@ def read_header(file: Path) -> dict[str, tuple[TensorSpec, Location]]:
             raise
         raise UserError(f"{file} has a corrupted safetensors header") from error
 
-    header.pop("__metadata__", None)
     entries, end = {}, 0
     try:
+        header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             spec = TensorSpec(name, entry["dtype"], tuple(entry["shape"]))
             start, stop = entry["data_offsets"]
             if spec.dtype not in DTYPES:
                 raise UserError(f"{file}: tensor {name} has dtype {spec.dtype}; supported are {', '.join(DTYPES)}")
-            if start != end or stop - start != spec.num_bytes:
+            if start != end or stop - start != spec.num_bytes or min(spec.shape, default=0) < 0:
                 raise UserError(f"{file} has a corrupted header: tensor {name} does not fit its place")
             entries[name] = spec, Location(file, 8 + length + start)
             end = stop
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{file} has a corrupted safetensors header") from error
     if size != 8 + length + end:
         raise UserError(f"{file} is truncated: its header asks for {8 + length + end} bytes, the file has {size}")

@@ -75,7 +75,9 @@ class CheckpointWriter:
         journal_file.touch()
         self._lock = contextlib.ExitStack()
         self._journal = self._lock.enter_context(lock_journal(journal_file))
-        lines = journal_file.read_text(encoding="utf-8").split("\n")[:-1]  # a torn last line is not trusted
+        text = journal_file.read_text(encoding="utf-8")
+        lines = text.split("\n")[:-1]
+        os.truncate(journal_file, len(text[: text.rfind("\n") + 1].encode()))  # a torn last line is not trusted
         if lines and lines[0] != self._identity:
             self._lock.close()
             raise UserError(f"{self.partial} was left by a run with other inputs; remove it or run without --resume")
@@ -83,7 +85,10 @@ class CheckpointWriter:
         needed = sum(spec.num_bytes for name, spec in self.specs.items() if name not in self.done)
         free = shutil.disk_usage(self.partial).free
         if needed > free:
-            self._abort()
+            if self.done:
+                self._lock.close()
+            else:
+                self._abort()
             raise UserError(f"{self.out} needs {needed:,} bytes, the disk has {free:,} free")
         if not lines:
             self._append(self._identity)
@@ -188,6 +193,8 @@ class CheckpointWriter:
             if isinstance(error, OSError):
                 with explain_os_errors(self.out):
                     raise error
+        else:
+            self._lock.close()
 
 
 @contextlib.contextmanager
