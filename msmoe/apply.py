@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from msmoe.calibration.stats import Stats
 from msmoe.checkpoint import Checkpoint, CheckpointWriter, to_dtype
 from msmoe.checkpoint.writer import MAX_SHARD_BYTES
 from msmoe.errors import UserError
-from msmoe.export import Export, Slot, build_export
+from msmoe.export import Export, GroupSlots, build_export
 from msmoe.families import Expert, family_of
 from msmoe.merging import GroupReport, Sources, merge_one
 from msmoe.plan import Plan
@@ -40,14 +41,15 @@ class ApplyReport:
 
     Attributes:
         out: the new checkpoint.
-        groups: every group that was merged in this run (a resumed run merges only what was missing).
+        groups: per merged group its layer, dominant expert, members, alignment (share of neurons moved, objective
+            before and after, by member) and refit (ridge, tokens, held-out error before and after).
         routers: layer -> fit of its reduced router (`native`).
         drop_rates: layer -> share of calibration tokens over capacity, (before, after).
         num_parameters, num_bytes: as written, expert maps counted in the bytes only.
     """
 
     out: Path
-    groups: list[GroupReport]
+    groups: list[dict]
     routers: dict[str, RouterFit]
     drop_rates: dict[str, tuple[float, float]]
     num_parameters: int
@@ -101,31 +103,30 @@ def apply(
     writer = CheckpointWriter(
         out, layout.tensors, identity=identity, force=force, resume=resume, max_shard_bytes=max_shard_bytes
     )
-    checksums: dict[Slot, int] = {}
     with writer:
         copy_tensors(writer, layout, source)
         routers = write_routers(writer, layout, sources, router)
-        reports = []
-        left = set(layout.merged)
+        unwritten = Counter(slot.tensor for slots in layout.merged.values() for slot in slots)
+        for name in writer.specs.keys() - writer.done - unwritten.keys():
+            writer.finish(name)  # stacked tensors of which every slice was copied
         for layer, g, merged, report in merge_groups(
             sources, layout, writer.done, data=data, workers=workers, progress=progress
         ):
+            note = report.describe() | {"crc32": []}
             for slot, tensor in zip(layout.merged[layer, g], merged, strict=True):
-                checksums[slot] = checksum(tensor.to(to_dtype(writer.specs[slot.tensor].dtype)))
-                writer.write(slot.tensor, tensor, index=slot.index)
-            reports.append(report)
-            left.discard((layer, g))
-            waiting = {slot.tensor for key in left for slot in layout.merged[key]}
+                stored = tensor.to(to_dtype(writer.specs[slot.tensor].dtype))
+                writer.write(slot.tensor, stored, index=slot.index)
+                note["crc32"].append(checksum(stored))
+            writer.note(f"{layer}/{report.dominant}", note)
             for slot in layout.merged[layer, g]:
-                if slot.tensor not in waiting | writer.done:
+                unwritten[slot.tensor] -= 1
+                if unwritten[slot.tensor] == 0 and slot.tensor not in writer.done:
                     writer.finish(slot.tensor)
-        for spec in layout.tensors:
-            if spec.name not in writer.done:
-                writer.finish(spec.name)
-        verify(writer.partial, checksums)
+        notes = [writer.notes[f"{layer}/{plan.layers[layer].groups[g].dominant}"] for layer, g in layout.merged]
+        verify(writer.partial, dict(zip(layout.merged.values(), (note["crc32"] for note in notes), strict=True)))
         drop_rates = capacity_drop_rates(layout, plan, stats, source)
-        write_metadata(writer, layout, sources, reports, routers, drop_rates)
-    return ApplyReport(writer.out, reports, routers, drop_rates, layout.num_parameters, layout.num_bytes)
+        write_metadata(writer, layout, sources, notes, routers, drop_rates)
+    return ApplyReport(writer.out, notes, routers, drop_rates, layout.num_parameters, layout.num_bytes)
 
 
 def load_needed_stats(
@@ -228,22 +229,21 @@ def checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 
 
-def verify(folder: Path, checksums: dict[Slot, int]) -> None:
+def verify(folder: Path, checksums: dict[GroupSlots, list[int]]) -> None:
     """Read the merged experts back with the safetensors library and compare them with what was computed.
 
     Raises:
         UserError: if the storage gave back something else.
     """
-    wanted: dict[str, dict[int | None, int]] = {}
-    for slot, value in checksums.items():
-        wanted.setdefault(slot.tensor, {})[slot.index] = value
+    wanted: dict[str, list[tuple[int | None, int]]] = {}
+    for slots, values in checksums.items():
+        for slot, value in zip(slots, values, strict=True):
+            wanted.setdefault(slot.tensor, []).append((slot.index, value))
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for name in wanted.keys() & set(tensors.keys()):
-                for index, value in wanted[name].items():
-                    stored = (
-                        tensors.get_slice(name)[index : index + 1][0] if index is not None else tensors.get_tensor(name)
-                    )
+                for index, value in wanted[name]:
+                    stored = tensors.get_tensor(name) if index is None else tensors.get_slice(name)[index]
                     if checksum(stored) != value:
                         raise UserError(
                             f"{name} read back from {file.name} differs from what was written: check the disk"

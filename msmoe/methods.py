@@ -5,6 +5,7 @@ here, with a function of its own where an existing one does not do.
 """
 
 import difflib
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -199,7 +200,10 @@ def resolve(method: str, choices: dict) -> Parameters:
     for name, allowed in CHOICES.items():
         if name in given:
             choose(name.replace("_", "-"), given[name], allowed)
-    return replace(defaults, **given)
+    parameters = replace(defaults, **given)
+    if parameters.group_capacity is not None and parameters.grouping != "dominant":
+        raise UserError(f"--group-capacity has no effect with --grouping {parameters.grouping}")
+    return parameters
 
 
 def resolve_kept_layers(family: Family, layers: tuple[MoELayer, ...], names: list[str] | None) -> list[str]:
@@ -240,6 +244,7 @@ def plan_layer(
     if count == stats.num_experts:
         ordered = sorted(range(count), key=lambda e: (-float(stats.usage_frequency[e]), e))
         return LayerPlan(count, tuple(Group(e, (e,), (1.0,)) for e in ordered))
+    seed = zlib.crc32(f"{seed}/{name}".encode())
     view = LayerView(
         stats=stats,
         router=checkpoint.read_finite(family.router_key(name)),
@@ -247,6 +252,8 @@ def plan_layer(
         seed=seed,
     )
     matrix = similarity(view, base=parameters.similarity, metric=parameters.metric)
+    if not matrix.isfinite().all():
+        raise UserError(f"the {parameters.similarity} similarity of the experts of {name} is not finite")
     groups = group_experts(
         stats.usage_frequency,
         matrix,

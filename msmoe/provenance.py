@@ -8,7 +8,7 @@ import torch
 from msmoe.calibration.stats import Stats
 from msmoe.checkpoint import Checkpoint, CheckpointWriter
 from msmoe.export import Export
-from msmoe.merging import GroupReport, Sources
+from msmoe.merging import Sources
 from msmoe.plan import Plan
 from msmoe.router import RouterFit
 
@@ -36,7 +36,7 @@ def write_metadata(
     writer: CheckpointWriter,
     layout: Export,
     sources: Sources,
-    reports: list[GroupReport],
+    groups: list[dict],
     routers: dict[str, RouterFit],
     drop_rates: dict[str, tuple[float, float]],
 ) -> None:
@@ -61,7 +61,7 @@ def write_metadata(
             "written": layout.num_parameters,
         },
         "bytes": {"source": source.num_bytes, "predicted": plan.predicted.get("bytes"), "written": layout.num_bytes},
-        "groups": [report.describe() for report in reports],
+        "groups": groups,
         "routers": {name: {"agreement": fit.agreement, "gate_error": fit.gate_error} for name, fit in routers.items()},
         "drop_rates": {name: {"before": rate[0], "after": rate[1]} for name, rate in drop_rates.items()},
     }

@@ -19,6 +19,12 @@ class DataError(UserError):
     """Calibration or task data that cannot be used; the message names the file and the line."""
 
 
+class Record(dict):
+    """One record as read, and where it stands."""
+
+    place: str
+
+
 @dataclass(frozen=True)
 class TokenRecord:
     """One record as token ids, both sequences unpadded."""
@@ -79,7 +85,7 @@ def sentinel_ids(tokenizer) -> list[int]:
     return ids
 
 
-def read_records(path: str | Path) -> list[dict]:
+def read_records(path: str | Path) -> list[Record]:
     """Read JSON Lines records, each `{"source", "target"}`, `{"text"}` or `{"input_ids", "labels"}`.
 
     A string that names no file is taken as a `datasets` data set, `NAME` or `NAME:SPLIT`, with the same columns.
@@ -102,7 +108,7 @@ def read_records(path: str | Path) -> list[dict]:
     return records
 
 
-def read_dataset(name: str) -> list[dict]:
+def read_dataset(name: str) -> list[Record]:
     """Records of a `datasets` data set, `NAME` or `NAME:SPLIT` (default split `train`)."""
     try:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
@@ -116,7 +122,7 @@ def read_dataset(name: str) -> list[dict]:
     return [check_record(dict(row), f"{name}, row {i}") for i, row in enumerate(rows)]
 
 
-def parse_record(line: str, place: str) -> dict:
+def parse_record(line: str, place: str) -> Record:
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -124,7 +130,7 @@ def parse_record(line: str, place: str) -> dict:
     return check_record(record, place)
 
 
-def check_record(record: object, place: str) -> dict:
+def check_record(record: object, place: str) -> Record:
     """Return the record if it has one of the three shapes.
 
     Raises:
@@ -143,7 +149,9 @@ def check_record(record: object, place: str) -> dict:
                 raise DataError(f"{place}: {key} must be a list of integers")
         elif not isinstance(value, str):
             raise DataError(f"{place}: {key} must be a string")
-    return record
+    checked = Record(record)
+    checked.place = place
+    return checked
 
 
 def tokenize(
@@ -170,15 +178,16 @@ def tokenize(
     tokenized = []
     sentinels = sentinel_ids(tokenizer) if any("text" in r for r in records) and tokenizer else []
     for i, record in enumerate(records, 1):
+        place = getattr(record, "place", f"record {i}")
         if "input_ids" in record:
             inputs = strip_trailing(record["input_ids"], pad_id)
             labels = strip_trailing(record["labels"], -100)
             ids = (*inputs, *(label for label in labels if label != -100))
             out_of_range = next((t for t in ids if not 0 <= t < (vocab_size or 2**31)), None)
             if out_of_range is not None:
-                raise DataError(f"record {i}: token id {out_of_range} is outside the vocabulary of {vocab_size}")
+                raise DataError(f"{place}: token id {out_of_range} is outside the vocabulary of {vocab_size}")
         elif tokenizer is None:
-            raise DataError(f"record {i} is text and the checkpoint has no tokenizer: use input_ids and labels")
+            raise DataError(f"{place} is text and the checkpoint has no tokenizer: use input_ids and labels")
         elif "source" in record:
             inputs = tokenizer(record["source"], truncation=True, max_length=max_source_length).input_ids
             labels = tokenizer(record["target"], truncation=True, max_length=max_target_length).input_ids
@@ -191,10 +200,10 @@ def tokenize(
                     corrupt_spans(ids, sentinel_ids=sentinels, eos_id=tokenizer.eos_token_id, rng=rng)
                 ).values()
             except ValueError as error:
-                raise DataError(f"record {i}: {error}") from error
+                raise DataError(f"{place}: {error}") from error
         inputs, labels = inputs[:max_source_length], labels[:max_target_length]
         if not inputs or all(label == -100 for label in labels):
-            raise DataError(f"record {i} is all padding: no {'input' if not inputs else 'target'} token left")
+            raise DataError(f"{place} is all padding: no {'input' if not inputs else 'target'} token left")
         tokenized.append(TokenRecord(list(inputs), list(labels)))
     return tokenized
 
@@ -206,7 +215,7 @@ def strip_trailing(ids: list[int], value: int) -> list[int]:
     return ids[:end]
 
 
-def choose_records(records: list[dict], count: int, *, seed: int) -> list[dict]:
+def choose_records(records: list[Record], count: int, *, seed: int) -> list[Record]:
     """At most `count` records, a seeded choice without replacement, in file order."""
     if len(records) <= count:
         return records

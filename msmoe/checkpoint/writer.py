@@ -20,6 +20,7 @@ from msmoe.errors import UserError
 
 MAX_SHARD_BYTES = 5 * 10**9
 JOURNAL = ".journal"
+NOTES = ".notes"
 ALIGNMENT = 8
 
 
@@ -82,6 +83,7 @@ class CheckpointWriter:
             self._lock.close()
             raise UserError(f"{self.partial} was left by a run with other inputs; remove it or run without --resume")
         self.done = set(lines[1:]) & self.specs.keys()
+        self.notes = self._read_notes()
         needed = sum(spec.num_bytes for name, spec in self.specs.items() if name not in self.done)
         free = shutil.disk_usage(self.partial).free
         if needed > free:
@@ -103,6 +105,20 @@ class CheckpointWriter:
                     self._places[name] = path, offset
                     offset += self.specs[name].num_bytes
                 stream.truncate(offset)
+
+    def _read_notes(self) -> dict[str, dict]:
+        try:
+            lines = (self.partial / NOTES).read_text(encoding="utf-8").split("\n")[:-1]
+        except FileNotFoundError:
+            return {}
+        os.truncate(self.partial / NOTES, len("".join(f"{line}\n" for line in lines).encode()))
+        return dict(json.loads(line) for line in lines)
+
+    def note(self, key: str, content: dict) -> None:
+        """Keep something about the work until the folder is complete, also over a kill; see `notes`."""
+        with (self.partial / NOTES).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps([key, content]) + "\n")
+        self.notes[key] = content
 
     def _append(self, line: str) -> None:
         os.write(self._journal, f"{line}\n".encode())
@@ -167,6 +183,7 @@ class CheckpointWriter:
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
         (self.partial / JOURNAL).unlink()
+        (self.partial / NOTES).unlink(missing_ok=True)
         replaced = self.out.with_name(self.out.name + ".replaced")
         if self.out.exists():
             if not self.force:

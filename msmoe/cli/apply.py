@@ -49,7 +49,7 @@ def print_report(report, *, as_json: bool) -> None:
                 "out": str(report.out),
                 "num_parameters": report.num_parameters,
                 "bytes": report.num_bytes,
-                "groups": [group.describe() for group in report.groups],
+                "groups": report.groups,
                 "drop_rates": report.drop_rates,
                 "routers": {
                     n: {"agreement": r.agreement, "gate_error": r.gate_error} for n, r in report.routers.items()
@@ -61,13 +61,13 @@ def print_report(report, *, as_json: bool) -> None:
     rows = table(
         "layer", "merged groups", "neurons moved", "error", "refit error", "dropped", "dropped now", "router agrees"
     )
-    for name in dict.fromkeys([g.layer for g in report.groups] + list(report.routers)):
-        groups = [g for g in report.groups if g.layer == name]
-        moved = [match.share_moved for g in groups for match in g.matches.values()]
-        refits = [g.refit for g in groups if g.refit and g.refit.num_held_out]
-        held_out = sum(r.num_held_out for r in refits)
-        before = sum(r.error_before * r.num_held_out for r in refits) / held_out if held_out else None
-        after = sum(r.error_after * r.num_held_out for r in refits) / held_out if held_out else None
+    for name in dict.fromkeys([g["layer"] for g in report.groups] + list(report.routers)):
+        groups = [g for g in report.groups if g["layer"] == name]
+        moved = [match["share_moved"] for g in groups for match in g.get("alignment", {}).values()]
+        refits = [g["refit"] for g in groups if g.get("refit", {}).get("num_held_out")]
+        held_out = sum(r["num_held_out"] for r in refits)
+        before = sum(r["error_before"] * r["num_held_out"] for r in refits) / held_out if held_out else None
+        after = sum(r["error_after"] * r["num_held_out"] for r in refits) / held_out if held_out else None
         drop = report.drop_rates.get(name)
         router = report.routers.get(name)
         rows.add_row(

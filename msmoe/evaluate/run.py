@@ -92,7 +92,7 @@ def evaluate(
     )
 
 
-def check_metrics(metrics: Sequence[str] | None, records: list[dict], data: str | Path) -> tuple[str, ...]:
+def check_metrics(metrics: Sequence[str] | None, records: Sequence[dict], data: str | Path) -> tuple[str, ...]:
     """Metrics to compute; `UserError` for an unknown one or one that needs `source`/`target` records."""
     paired = all("source" in record for record in records)
     labelled = paired and len({record["target"] for record in records}) <= MAX_LABELS
@@ -116,7 +116,7 @@ class Scorer:
         self,
         model: Any,
         tokenizer,
-        raw: list[dict],
+        raw: Sequence[dict],
         records: list[TokenRecord],
         metrics: tuple[str, ...],
         *,
