@@ -45,7 +45,7 @@ def command(experts: float, method: str, samples: int | None, out: Path | None, 
 
     echo(f"[bold]1. Profile[/bold] {CHECKPOINT.name} on {CALIBRATION.name}")
     with progress("profiling") as update:
-        stats = profile(CHECKPOINT, CALIBRATION, samples=512, progress=update)
+        stats = profile(CHECKPOINT, CALIBRATION, samples=512, token_sample=16384, progress=update)
     stats.save(folder / "stats", force=True)
     echo(usage_table(stats))
 

@@ -62,9 +62,8 @@ def test_the_solution_satisfies_the_normal_equations(num_tokens, ridge):
     merged = Expert(good.wi, torch.full_like(good.wo, 5.0))  # so far off that any fit helps
     result = refit_output(merged, x, gate, targets, weights, held_out, ridges=(ridge,))
     assert result.ridge == ridge
-    used = ~held_out
-    h = ((x @ merged.wi.T).relu() * gate[:, None])[used].double()
-    y, w = targets[used].double(), weights[used]
+    h = ((x @ merged.wi.T).relu() * gate[:, None]).double()  # of all tokens: the ridge is chosen by then
+    y, w = targets.double(), weights
     gram = h.T @ (w[:, None] * h)
     pull = ridge * gram.diagonal().mean()
     residual = (result.wo.double() @ h.T - y.T) @ (w[:, None] * h) + pull * (result.wo - merged.wo).double()
