@@ -78,6 +78,7 @@ def model_card(layout: Export, plan: Plan, source: Checkpoint) -> str:
         "native": 'AutoModelForSeq2SeqLM.from_pretrained(path, attn_implementation="eager")',
         "dense": "AutoModelForSeq2SeqLM.from_pretrained(path)",
     }[layout.kind]
+    trust = ", trust_remote_code=True" if layout.kind == "exact" else ""
     rows = "\n".join(f"| `{name}` | {layer.num_experts} | {len(layer.groups)} |" for name, layer in plan.layers.items())
     return f"""---
 library_name: transformers
@@ -91,8 +92,9 @@ with method `{plan.method}`, export `{layout.kind}`: {source.num_parameters:,} -
 {source.num_bytes:,} -> {layout.num_bytes:,} bytes of weights.
 
 ```python
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 model = {load}
+tokenizer = AutoTokenizer.from_pretrained(path{trust})
 ```
 
 | layer | experts before | after |

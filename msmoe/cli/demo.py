@@ -15,6 +15,8 @@ from msmoe.cli.console import console, human_bytes, progress, table, usage_table
 from msmoe.cli.options import force_option
 from msmoe.cli.plan import print_plan
 
+METRICS = "exact_match,macro_f1,loss"
+
 
 @click.command("demo")
 @click.option("--experts", type=float, default=4, show_default=True, help="Experts kept per layer, on average, of 16.")
@@ -116,7 +118,7 @@ def evaluate_both(checkpoints: list[Path], folder: Path, *, samples: int | None)
     limit = ["--samples", str(samples)] if samples else []
     running = []
     for checkpoint in checkpoints:
-        command = [sys.executable, "-m", "msmoe.cli", "evaluate", str(checkpoint), *tasks, *limit]
+        command = [sys.executable, "-m", "msmoe.cli", "evaluate", str(checkpoint), *tasks, *limit, "--metrics", METRICS]
         results_file = folder / f"results-{checkpoint.name}.json"
         process = subprocess.Popen(
             [*command, "--out", str(results_file), "--force"],

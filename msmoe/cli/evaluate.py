@@ -11,7 +11,11 @@ from msmoe.cli.options import checkpoint_argument, force_option, json_option, se
 @click.command("evaluate")
 @checkpoint_argument
 @click.option("--data", "tasks", required=True, multiple=True, help="Task file, or a folder of them (repeatable).")
-@click.option("--metrics", help="Comma-separated: exact_match, accuracy, macro_f1, loss. Default: all the data allow.")
+@click.option(
+    "--metrics",
+    help="Comma-separated: exact_match, accuracy, macro_f1, loss. Default: all the data allow; of those "
+    "given, a task gets the ones it allows.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="results.json to write.")
 @click.option("--batch-size", default=64, show_default=True, help="Examples per forward pass.")
 @click.option("--samples", type=int, help="Use a seeded choice of this many examples per task.")
@@ -39,6 +43,8 @@ def command(
         raise UserError(f"{out} exists; use --force to replace it")
     files = expand(tasks)
     wanted = metrics.split(",") if metrics else None
+    if wanted is not None:
+        check_names(wanted)
     results = []
     for file in files:
         with progress(Path(file).stem) as update:
@@ -68,6 +74,25 @@ def command(
         f"{first.num_parameters:,} parameters, {human_bytes(first.num_bytes or 0)}, "
         f"{first.flops_per_token / 1e6:.1f} MFLOP per token, peak memory {human_bytes(results[-1].peak_memory)}"
     )
+
+
+def check_names(names: list[str]) -> None:
+    """Refuse an unknown metric before any model is loaded."""
+    from msmoe.errors import UserError
+    from msmoe.evaluate.run import METRICS
+
+    for name in names:
+        if name not in METRICS:
+            raise UserError(f"unknown metric {name!r}; choose from {', '.join(METRICS)}")
+
+
+def applicable(names: list[str], file: str) -> list[str]:
+    """The metrics that a task's data allow; all of them, to be refused by name, if it allows none."""
+    from msmoe.calibration.records import read_records
+    from msmoe.evaluate.run import allowed_metrics
+
+    allowed = allowed_metrics(read_records(file))
+    return [name for name in names if name in allowed] or names
 
 
 def expand(tasks: tuple[str, ...]) -> list[str]:

@@ -15,7 +15,7 @@ def main() -> None:
     model = AutoModelForSeq2SeqLM.from_pretrained(
         checkpoint, trust_remote_code=True, attn_implementation="eager", dtype=torch.float32
     ).eval()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     assert "msmoe" not in sys.modules, "this process must know nothing of msmoe"
     batch = load_file(batch_file)
     with torch.inference_mode():

@@ -69,7 +69,7 @@ def evaluate(
         tokenizer = tokenizer or load_tokenizer(Path(path))
     raw = read_records(data)
     raw = raw if samples is None else choose_records(raw, samples, seed=seed)
-    wanted = check_metrics(metrics, raw, data)
+    wanted = check_metrics(metrics, raw, data) if metrics else allowed_metrics(raw)
     pad_id = model.config.pad_token_id or 0
     records = tokenize(raw, tokenizer, pad_id=pad_id, vocab_size=model.config.vocab_size, seed=seed)
     scorer = Scorer(model.eval(), tokenizer, raw, records, wanted, pad_id=pad_id)
@@ -92,17 +92,20 @@ def evaluate(
     )
 
 
-def check_metrics(metrics: Sequence[str] | None, records: Sequence[dict], data: str | Path) -> tuple[str, ...]:
-    """Metrics to compute; `UserError` for an unknown one or one that needs `source`/`target` records."""
-    paired = all("source" in record for record in records)
-    labelled = paired and len({record["target"] for record in records}) <= MAX_LABELS
-    allowed = METRICS if labelled else ("exact_match", "loss") if paired else ("loss",)
-    if metrics is None:
-        return allowed
+def allowed_metrics(records: Sequence[dict]) -> tuple[str, ...]:
+    """Metrics that records have: all for a task with few different targets, the loss for anything."""
+    if not all("source" in record for record in records):
+        return ("loss",)
+    labelled = len({record["target"] for record in records}) <= MAX_LABELS
+    return METRICS if labelled else ("exact_match", "loss")
+
+
+def check_metrics(metrics: Sequence[str], records: Sequence[dict], data: str | Path) -> tuple[str, ...]:
+    """The metrics; `UserError` for an unknown one or one that the records do not have."""
     for name in metrics:
         if name not in METRICS:
             raise UserError(f"unknown metric {name!r}; choose from {', '.join(METRICS)}")
-        if name not in allowed:
+        if name not in allowed_metrics(records):
             raise UserError(
                 f"{name} needs records with source and at most {MAX_LABELS} different targets; {data} has others"
             )
