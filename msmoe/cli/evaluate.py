@@ -50,7 +50,13 @@ def command(
         with progress(Path(file).stem) as update:
             results.append(
                 evaluate(
-                    checkpoint, file, metrics=wanted, batch_size=batch_size, samples=samples, seed=seed, progress=update
+                    checkpoint,
+                    file,
+                    metrics=wanted and applicable(wanted, file),
+                    batch_size=batch_size,
+                    samples=samples,
+                    seed=seed,
+                    progress=update,
                 )
             )
     if out is not None:

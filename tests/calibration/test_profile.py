@@ -264,7 +264,7 @@ def test_a_dense_checkpoint_is_refused(copied, data):
 
 
 def test_text_without_tokenizer_is_refused(switch, tmp_path):
-    with pytest.raises(UserError, match="d.jsonl, line 1 is text and the checkpoint has no tokenizer"):
+    with pytest.raises(UserError, match=r"d\.jsonl, line 1 is text and the checkpoint has no tokenizer"):
         profile_small(switch, write_records(tmp_path / "d.jsonl", [{"text": "words"}]))
 
 
