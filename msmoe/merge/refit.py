@@ -10,14 +10,16 @@ MergeMoE (arXiv 2510.14436), which solves for equal gates and without a ridge.
 Shapes: T tokens, N fitted tokens, F d_ff, D d_model.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from msmoe.families import Expert
 
-RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+RIDGES = (1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.25, 1.0)
+BLOCK = 512  # products of float32 blocks are added up in float64
 
 
 @dataclass(frozen=True)
@@ -62,52 +64,100 @@ def refit_output(
         weights: (T,) tokens that each one stands for.
         held_out: (T,) bool, tokens that choose the ridge.
     """
-    rows = merged.hidden(inputs) * gate[:, None]
-    scale = weights.double().sqrt().float()[:, None]
-    rows, targets = rows * scale, targets * scale
-    fit, check = (rows[~held_out], targets[~held_out]), (rows[held_out], targets[held_out])
-    total = float(check[1].double().square().sum())
+    order = held_out.long().argsort(stable=True)  # fitted tokens first, so that both halves are slices
+    num_fitted = int((~held_out).sum())
+    scale = weights[order].double().sqrt().float()[:, None]
+    rows = merged.hidden(inputs[order]).mul_(gate[order, None] * scale)
+    wanted = targets[order] * scale
+    residuals = torch.addmm(wanted, rows, merged.wo.T, alpha=-1)
+    total = float(wanted[num_fitted:].double().square().sum())
+    num_held_out = len(rows) - num_fitted
+    if num_fitted == 0 or num_held_out == 0 or total == 0:
+        unknown = float(residuals[num_fitted:].double().square().sum()) / total if total else float("nan")
+        return Refit(merged.wo, None, num_fitted, num_held_out, unknown, unknown)
 
-    def error(wo: Tensor) -> float:
-        return float((check[0] @ wo.T - check[1]).double().square().sum()) / total
-
-    num_fitted, num_checked = len(fit[0]), len(check[0])
-    if num_fitted == 0 or num_checked == 0 or total == 0:
-        unknown = error(merged.wo) if total else float("nan")
-        return Refit(merged.wo, None, num_fitted, num_checked, unknown, unknown)
-    before = error(merged.wo)
-    best = Refit(merged.wo, None, num_fitted, num_checked, before, before)
-    solver = RidgeSolver(fit[0], fit[1] - fit[0] @ merged.wo.T)
-    for ridge in ridges:
-        wo = merged.wo + solver.solve(ridge)
-        if (after := error(wo)) < best.error_after:
-            best = Refit(wo, ridge, num_fitted, num_checked, before, after)
-    if best.ridge is None:
-        return best
-    wo = merged.wo + RidgeSolver(rows, targets - rows @ merged.wo.T).solve(best.ridge)
-    return replace(best, wo=wo) if error(wo) <= before else best
+    space = TokenSpace if len(rows) <= rows.shape[1] else NeuronSpace
+    problem: Ridge = space(rows, residuals, num_fitted)
+    errors = {ridge: problem.held_out_error(ridge) / total for ridge in ridges}
+    before = float(residuals[num_fitted:].double().square().sum()) / total
+    best = min(errors, key=lambda ridge: errors[ridge])
+    if not errors[best] < before:
+        return Refit(merged.wo, None, num_fitted, num_held_out, before, before)
+    return Refit(merged.wo + problem.solve(best), best, num_fitted, num_held_out, before, errors[best])
 
 
-class RidgeSolver:
-    """Ridge regression of residuals (N, D) on rows (N, F), for several ridges.
+class Ridge(Protocol):
+    """Ridge regression of residuals (T, D) on rows H (T, F), the first N tokens fitted, the others held out.
 
-    W = R^T (K + r I)^-1 H with K = H H^T (N, N), or R^T H (H^T H + r I)^-1 with (F, F): one factorisation per ridge.
+    A ridge r stands for r m, with m the mean diagonal of H^T H over the tokens in use.
     """
 
-    def __init__(self, rows: Tensor, residuals: Tensor):
-        self.rows, self.residuals = rows.double(), residuals.double()
-        self.dual = rows.shape[0] <= rows.shape[1]
-        self.gram = self.rows @ self.rows.T if self.dual else self.rows.T @ self.rows
-        # the mean diagonal of H^T H, whichever of the two Gram matrices is held
-        self.mean_diagonal = float(self.gram.diagonal().sum()) / rows.shape[1]
-        self.moment = self.residuals if self.dual else self.rows.T @ self.residuals
+    def __init__(self, rows: Tensor, residuals: Tensor, num_fitted: int): ...
+
+    def held_out_error(self, ridge: float) -> float:
+        """Squared error on the held-out tokens of the solution on the fitted ones."""
+        ...
 
     def solve(self, ridge: float) -> Tensor:
-        """Solution (D, F) float32 for a ridge relative to the mean diagonal of H^T H."""
-        if self.mean_diagonal == 0:
-            return torch.zeros(self.residuals.shape[1], self.rows.shape[1])
-        shifted = self.gram.clone()
-        shifted.diagonal().add_(ridge * self.mean_diagonal)
-        factor = torch.linalg.cholesky(shifted)
-        solution = torch.cholesky_solve(self.moment, factor).T
-        return (solution @ self.rows if self.dual else solution).float()
+        """Solution (D, F) float32 on all tokens."""
+        ...
+
+
+class TokenSpace:
+    """W = A^T H with A = (H H^T + r m I)^-1 R: one Gram matrix (T, T) serves the search and the solution."""
+
+    def __init__(self, rows: Tensor, residuals: Tensor, num_fitted: int):
+        self.rows, self.residuals, self.num_fitted = rows, residuals.double(), num_fitted
+        self.gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+        for block in rows.split(BLOCK, dim=1):
+            self.gram += block @ block.T
+
+    def _coefficients(self, num_tokens: int, ridge: float) -> Tensor:
+        gram = self.gram[:num_tokens, :num_tokens].clone()
+        mean_diagonal = float(gram.diagonal().sum()) / self.rows.shape[1]
+        return solve_shifted(gram, ridge * mean_diagonal, self.residuals[:num_tokens])
+
+    def held_out_error(self, ridge: float) -> float:
+        n = self.num_fitted
+        predicted = self.gram[n:, :n] @ self._coefficients(n, ridge)
+        return float((self.residuals[n:] - predicted).square().sum())
+
+    def solve(self, ridge: float) -> Tensor:
+        return self._coefficients(len(self.rows), ridge).float().T @ self.rows
+
+
+class NeuronSpace:
+    """W^T = (H^T H + r m I)^-1 H^T R, with the Gram matrices (F, F) and moments (F, D) of both halves."""
+
+    def __init__(self, rows: Tensor, residuals: Tensor, num_fitted: int):
+        halves = [(rows[:num_fitted], residuals[:num_fitted]), (rows[num_fitted:], residuals[num_fitted:])]
+        self.grams = [summed_products(h, h) for h, _ in halves]
+        self.moments = [summed_products(h, r) for h, r in halves]
+        self.held_out_square = float(halves[1][1].double().square().sum())
+
+    def held_out_error(self, ridge: float) -> float:
+        solution = self._solution(self.grams[0], self.moments[0], ridge)
+        explained = 2 * self.moments[1] - self.grams[1] @ solution
+        return self.held_out_square - float((solution * explained).sum())
+
+    def solve(self, ridge: float) -> Tensor:
+        return self._solution(self.grams[0] + self.grams[1], self.moments[0] + self.moments[1], ridge).T.float()
+
+    def _solution(self, gram: Tensor, moment: Tensor, ridge: float) -> Tensor:
+        return solve_shifted(gram.clone(), ridge * float(gram.diagonal().mean()), moment)
+
+
+def summed_products(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right, float64, from float32 blocks of tokens."""
+    total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64)
+    for a, b in zip(left.split(BLOCK), right.split(BLOCK), strict=True):
+        total += a.T @ b
+    return total
+
+
+def solve_shifted(gram: Tensor, shift: float, right: Tensor) -> Tensor:
+    """(gram + shift I)^-1 right; zero where gram is zero. Overwrites `gram`."""
+    if shift == 0:
+        return torch.zeros_like(right)
+    gram.diagonal().add_(shift)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(gram))

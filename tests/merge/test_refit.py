@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from msmoe.families import Expert
 from msmoe.merge import refit_output
-from msmoe.merge.refit import RidgeSolver
+from msmoe.merge.refit import NeuronSpace, TokenSpace
 
 F, D = 12, 5
 
@@ -150,7 +150,8 @@ def test_silent_neurons_everywhere_keep_the_merged_matrix():
 
 @pytest.mark.parametrize("num_rows", [3, F - 1, F, F + 1, 60])
 @pytest.mark.parametrize("ridge", [1e-3, 1.0])
-def test_the_solver_agrees_with_an_augmented_least_squares_problem(num_rows, ridge):
+@pytest.mark.parametrize("space", [TokenSpace, NeuronSpace])
+def test_the_solution_agrees_with_an_augmented_least_squares_problem(space, num_rows, ridge):
     generator = torch.Generator().manual_seed(num_rows)
     rows = torch.randn(num_rows, F, generator=generator)
     residuals = torch.randn(num_rows, D, generator=generator)
@@ -158,15 +159,14 @@ def test_the_solver_agrees_with_an_augmented_least_squares_problem(num_rows, rid
     augmented = torch.cat([rows.double(), pull**0.5 * torch.eye(F, dtype=torch.float64)])
     wanted = torch.cat([residuals.double(), torch.zeros(F, D, dtype=torch.float64)])
     expected = torch.linalg.lstsq(augmented, wanted).solution.T
-    torch.testing.assert_close(RidgeSolver(rows, residuals).solve(ridge), expected.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(space(rows, residuals, 2).solve(ridge), expected.float(), rtol=1e-3, atol=1e-4)
 
 
-def test_the_dual_form_agrees_with_the_primal_form():
+@pytest.mark.parametrize("num_fitted", [4, 25])
+@pytest.mark.parametrize("space", [TokenSpace, NeuronSpace])
+def test_the_held_out_error_is_that_of_the_solution_on_the_fitted_tokens(space, num_fitted):
     generator = torch.Generator().manual_seed(0)
-    rows, residuals = torch.randn(8, F, generator=generator), torch.randn(8, D, generator=generator)
-    # rows of zeros change neither problem nor mean diagonal, but make the solver choose the primal form
-    padded = torch.cat([rows, torch.zeros(20, F)]), torch.cat([residuals, torch.zeros(20, D)])
-    dual, primal = RidgeSolver(rows, residuals), RidgeSolver(*padded)
-    assert dual.dual
-    assert not primal.dual
-    torch.testing.assert_close(dual.solve(0.01), primal.solve(0.01), rtol=1e-5, atol=1e-6)
+    rows, residuals = torch.randn(40, F, generator=generator), torch.randn(40, D, generator=generator)
+    fitted = space(rows[:num_fitted], residuals[:num_fitted], num_fitted - 1).solve(0.01)
+    expected = float((rows[num_fitted:] @ fitted.T - residuals[num_fitted:]).double().square().sum())
+    assert space(rows, residuals, num_fitted).held_out_error(0.01) == pytest.approx(expected, rel=1e-4)
