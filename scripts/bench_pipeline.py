@@ -1,7 +1,7 @@
 """Time and peak memory of profile, plan and apply on a synthetic switch-base checkpoint, beside physical floors.
 
     python scripts/bench_pipeline.py                    8 experts per layer: 620 M parameters, 2.5 GB
-    python scripts/bench_pipeline.py --experts 8 32     and how both grow with bytes
+    python scripts/bench_pipeline.py --experts 8 32 --no-forward    how plan and apply grow with bytes
 
 The checkpoint has switch-base geometry (d_model 768, d_ff 3072, 12 + 12 blocks, every second one sparse, float32);
 its experts are one feed-forward network plus noise, neurons permuted. Floors, measured in the same run: copying the
@@ -21,7 +21,11 @@ from pathlib import Path
 
 import torch
 
-from msmoe.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
+SCRIPT = sys.argv[0]
+if "--stage" in sys.argv:
+    sys.argv[0] = "msmoe"  # as the command does: the model classes are imported where a stage needs them
+
+from msmoe.checkpoint import Checkpoint, CheckpointWriter, TensorSpec  # noqa: E402
 
 D_MODEL, D_FF, NUM_BLOCKS, VOCABULARY = 768, 3072, 12, 32128
 NUM_RECORDS, SOURCE_LENGTH, TARGET_LENGTH = 256, 64, 16
@@ -204,8 +208,8 @@ def best_of(function, repeats: int) -> float:
 
 
 def run_stage(name: str, folder: Path, work: Path, *extra: str) -> dict:
-    """Run a stage in a fresh process that never imports the model classes unless it needs them."""
-    arguments = [sys.executable, __file__, "--stage", name, "--folder", str(folder), "--work", str(work), *extra]
+    """Run a stage in a fresh process; its peak resident memory is the process's own."""
+    arguments = [sys.executable, SCRIPT, "--stage", name, "--folder", str(folder), "--work", str(work), *extra]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     output = process.stdout.read()
@@ -215,7 +219,7 @@ def run_stage(name: str, folder: Path, work: Path, *extra: str) -> dict:
     return json.loads(output.splitlines()[-1]) | {"peak": usage.ru_maxrss * 1024}
 
 
-def bench(num_experts: int, workdir: Path) -> dict:
+def bench(num_experts: int, workdir: Path, *, forward: bool) -> dict:
     folder, work = workdir / f"switch-base-{num_experts}", workdir / f"work-{num_experts}"
     work.mkdir(parents=True, exist_ok=True)
     if not folder.exists():
@@ -234,11 +238,13 @@ def bench(num_experts: int, workdir: Path) -> dict:
         rows[f"{method} peak"] = max(plan["peak"], apply["peak"])
     products = run_stage("products", folder, work)
     rows |= {name: products[name] for name in ("matrix products", "aligned experts")}
-    for stage in ("profile", "forward"):
+    for stage in ("profile", "forward") if forward else ():
         rows |= {name: value for name, value in run_stage(stage, folder, work).items() if name != "peak"}
     floor = rows["copy"] + rows["matrix products"]
     for method in ("m-smoe", "m-smoe-refit"):
         rows[f"{method}: plan + apply / (copy + products)"] = (rows[f"{method} plan"] + rows[f"{method} apply"]) / floor
+    if not forward:
+        return rows
     rows["profile / stock forward"] = rows["profile"] / rows["stock forward"]
     rows["grouped layer / dense layer"] = rows["grouped layer"] / rows["dense layer"]
     rows["compressed forward / stock forward"] = rows["compressed forward"] / rows["stock forward, one batch"]
@@ -249,6 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, nargs="+", default=[8])
     parser.add_argument("--workdir", type=Path, default=Path("build/bench"))
+    parser.add_argument("--no-forward", action="store_true", help="leave out the comparisons of forward passes")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -259,7 +266,9 @@ def main() -> None:
         result = function(args.folder, args.work, *([args.method] if args.method else []))
         print(json.dumps(result))
         return
-    results = {num_experts: bench(num_experts, args.workdir) for num_experts in args.experts}
+    results = {
+        num_experts: bench(num_experts, args.workdir, forward=not args.no_forward) for num_experts in args.experts
+    }
     width = max(len(name) for rows in results.values() for name in rows)
     print(f"{'':{width}}" + "".join(f"{num_experts:>14} experts" for num_experts in results))
     for name in next(iter(results.values())):

@@ -29,12 +29,13 @@ from msmoe.cli.profile import warn_unused
 @add_options(PLAN_OPTIONS)
 @add_options(PROFILE_OPTIONS)
 @add_options(APPLY_OPTIONS)
+@click.option("--dry-run", is_flag=True, help="Profile, print the plan and its predicted size, write nothing.")
 @seed_option
 @json_option
 def command(
     checkpoint: Path, data: str, out: Path, method: str, samples: int, batch_size: int, token_sample: int,
     gradients: bool, device: str, max_source_length: int, max_target_length: int, export: str, router: str,
-    max_shard_size: str, force: bool, resume: bool, seed: int, as_json: bool, **options,
+    max_shard_size: str, force: bool, resume: bool, dry_run: bool, seed: int, as_json: bool, **options,
 ) -> None:  # fmt: skip
     """Profile, plan and apply in one go. The plan stays in the output as plan.json.
 
@@ -48,7 +49,7 @@ def command(
     from msmoe.families import family_of
     from msmoe.methods import check_request, plan
 
-    if out.exists() and not force:
+    if out.exists() and not force and not dry_run:
         raise UserError(f"{out} exists; use --force to replace it")
     shard_bytes = parse_size(max_shard_size)
     source = Checkpoint(checkpoint)
@@ -67,6 +68,10 @@ def command(
         click.echo()
         print_plan(result)
         click.echo()
+    if dry_run:
+        if as_json:
+            click.echo(result.to_json(), nl=False)
+        return
     with progress("merging") as update:
         report = apply(
             checkpoint, result, out, stats=stats, data=data, export=export, router=router, force=force, resume=resume,

@@ -28,6 +28,9 @@ class SwitchFamily:
     compressed_model_type = "msmoe_switch_transformers"
 
     def layers(self, checkpoint: Checkpoint) -> tuple[MoELayer, ...]:
+        activation = checkpoint.config.get("dense_act_fn", "relu")
+        if activation != "relu":
+            raise UserError(f"{checkpoint.path} has {activation} experts; the Switch adapter supports relu")
         layers = []
         for match in self._routers(checkpoint):
             name = match[1]
