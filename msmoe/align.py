@@ -14,8 +14,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from msmoe.families import Expert
-from msmoe.similarity import standardise
 
+TINY = 1e-30
 Alignment = Literal["weight", "activation", "none"]
 
 
@@ -121,3 +121,11 @@ def match(reference: Expert, target: Expert, *, alignment: Alignment, inputs: Te
         assert inputs is not None
         return match_activations(reference, target, inputs)
     return Match(torch.arange(len(reference.wi)), 0.0, 0.0)
+
+
+def standardise(hidden: Tensor) -> Tensor:
+    """Columns of (T, F) centred and scaled to unit norm; a constant column becomes zero."""
+    centred = hidden - hidden.mean(0)
+    norm = centred.norm(dim=0)
+    constant = norm <= 1e-6 * hidden.norm(dim=0).clamp(min=TINY)
+    return (centred / norm.clamp(min=TINY)).masked_fill(constant, 0.0)

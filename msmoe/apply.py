@@ -27,6 +27,7 @@ from msmoe.errors import UserError
 from msmoe.export import Export, GroupSlots, build_export
 from msmoe.families import Expert, family_of
 from msmoe.merging import GroupReport, Sources, merge_one
+from msmoe.methods import check_parameters, predict
 from msmoe.plan import Plan
 from msmoe.provenance import capacity_drop_rates, write_metadata
 from msmoe.router import RouterFit, reduce_router
@@ -94,8 +95,12 @@ def apply(
     family = family_of(source)
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     plan.check_against(source, family.layers(source))
+    check_parameters(plan.parameters)
+    plan = predict(family, source, plan, export=export)
     layout = build_export(export, family, source, plan)
     stats = load_needed_stats(plan, layout, stats, source, router)
+    if plan.parameters.get("refit") == "sequential" and export == "dense":
+        raise UserError("--refit sequential does not work with --export dense: the gate is folded away")
     if plan.parameters.get("refit") == "sequential" and data is None and layout.merged:
         raise UserError("this plan refits layer by layer: give the calibration data with --data")
     identity = json.dumps([plan.to_json(), source.fingerprint, export, router])
@@ -105,7 +110,8 @@ def apply(
     )
     with writer:
         copy_tensors(writer, layout, source)
-        routers = write_routers(writer, layout, sources, router)
+        with single_threaded():
+            routers = write_routers(writer, layout, sources, router)
         unwritten = Counter(slot.tensor for slots in layout.merged.values() for slot in slots)
         for name in writer.specs.keys() - writer.done - unwritten.keys():
             writer.finish(name)  # stacked tensors of which every slice was copied
@@ -189,7 +195,7 @@ def merge_groups(
     if sequential and pending:
         assert data is not None
         pending = list(layout.merged)
-        results: Iterator = merge_sequentially(sources, layout, data)
+        results: Iterator = on_one_thread(merge_sequentially(sources, layout, data))
     else:
         results = in_order(lambda key: merge_one(sources, layout, *key), pending, workers or os.cpu_count() or 1)
     for count, ((layer, g), (expert, report)) in enumerate(zip(pending, results, strict=True), 1):
@@ -212,6 +218,12 @@ def in_order(function: Callable, items: list, workers: int) -> Iterator:
         finally:
             for future in running:
                 future.cancel()
+
+
+def on_one_thread(results: Iterator) -> Iterator:
+    """The same results, each computed with one arithmetic thread."""
+    with single_threaded():
+        yield from results
 
 
 @contextlib.contextmanager

@@ -87,7 +87,8 @@ def merge_one(sources: Sources, layout: Export, layer: str, g: int) -> tuple[Exp
     expert, refit = merged.expert, None
     if targets:
         moved = sources.moved_inputs.get(layer)
-        refit = targets.refit(expert, moved)
+        gate = mean_gate(stats) if layout.kind == "dense" and stats else None
+        refit = targets.refit(expert, moved, constant_gate=gate)
         expert = Expert(expert.wi, refit.wo)
     if layout.kind == "dense":
         assert stats is not None
@@ -124,10 +125,12 @@ class GroupTargets:
         mine = self.sample.expert == member
         self.targets[mine] = expert(self.sample.inputs[mine]) * self.sample.gate[mine, None]
 
-    def refit(self, merged: Expert, moved: MovedInputs | None) -> Refit:
+    def refit(self, merged: Expert, moved: MovedInputs | None, *, constant_gate: float | None) -> Refit:
+        """Refit for the gate values that the merged expert will meet: the sample's, the moved ones, or a constant."""
         sample = self.sample
         if moved is None:
-            return refit_output(merged, sample.inputs, sample.gate, self.targets, self.weights, sample.held_out)
+            gate = sample.gate if constant_gate is None else torch.full_like(sample.gate, constant_gate)
+            return refit_output(merged, sample.inputs, gate, self.targets, self.weights, sample.held_out)
         stays = torch.isin(moved.expert[self.chosen], self.members)
         inputs, gate = moved.inputs[self.chosen][stays], moved.gate[self.chosen][stays]
         return refit_output(merged, inputs, gate, self.targets[stays], self.weights[stays], sample.held_out[stays])

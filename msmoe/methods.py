@@ -107,7 +107,7 @@ def choose(kind: str, name: str, choices: "tuple[str, ...] | dict") -> str:
     """Return `name` if it is a choice; otherwise raise `UserError` with the list and the closest one."""
     if name in choices:
         return name
-    close = difflib.get_close_matches(name, list(choices), n=1)
+    close = difflib.get_close_matches(str(name), list(choices), n=1)
     hint = f" - did you mean {close[0]!r}?" if close else ""
     raise UserError(f"unknown {kind} {name!r}{hint} Choose one of: {', '.join(choices)}")
 
@@ -197,13 +197,20 @@ def resolve(method: str, choices: dict) -> Parameters:
     given = {name: value for name, value in choices.items() if value is not None}
     for name in given:
         choose("parameter", name, tuple(asdict(defaults)))
-    for name, allowed in CHOICES.items():
-        if name in given:
-            choose(name.replace("_", "-"), given[name], allowed)
+    check_parameters(given)
     parameters = replace(defaults, **given)
     if parameters.group_capacity is not None and parameters.grouping != "dominant":
         raise UserError(f"--group-capacity has no effect with --grouping {parameters.grouping}")
     return parameters
+
+
+def check_parameters(parameters: dict) -> None:
+    """Raise `UserError` for a value that is none of its parameter's choices."""
+    for name, allowed in CHOICES.items():
+        if name in parameters:
+            choose(name.replace("_", "-"), parameters[name], allowed)
+    if not isinstance(parameters.get("canonical", False), bool):
+        raise UserError(f"canonical must be true or false, got {parameters['canonical']!r}")
 
 
 def resolve_kept_layers(family: Family, layers: tuple[MoELayer, ...], names: list[str] | None) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msmoe.checkpoint import Checkpoint
+from msmoe.checkpoint import Checkpoint, write_whole
 from msmoe.errors import UserError
 from msmoe.families import MoELayer
 
@@ -95,10 +95,7 @@ class Plan:
         return json.dumps(content, indent=2) + "\n"
 
     def save(self, path: str | Path) -> None:
-        try:
-            Path(path).write_text(self.to_json(), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        write_whole(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":

@@ -13,6 +13,8 @@ from msmoe.plan import Plan
 from msmoe.router import RouterFit
 
 OWN_FILES = ("config.json", "plan.json", "msmoe.json", "README.md", "model.safetensors.index.json")
+KEPT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".vocab")  # tokenizer and generation settings
+MAX_FILE_BYTES = 100 * 2**20
 
 
 def capacity_drop_rates(
@@ -43,7 +45,8 @@ def write_metadata(
     """Configuration, plan, provenance, model card, modelling code, and every small file of the source."""
     plan, source = sources.plan, sources.checkpoint
     for file in sorted(source.path.iterdir()):
-        if file.is_file() and file.name not in OWN_FILES and file.suffix not in (".safetensors", ".bin", ".py"):
+        small = file.is_file() and file.stat().st_size <= MAX_FILE_BYTES
+        if small and file.name not in OWN_FILES and (file.suffix in KEPT_SUFFIXES or file.name.startswith("LICENSE")):
             writer.copy_file(file)
     if layout.kind == "exact":
         for file in sources.family.code_files():

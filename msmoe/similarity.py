@@ -15,6 +15,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from msmoe.align import match_weights, standardise
 from msmoe.calibration.sample import TokenSample
 from msmoe.calibration.stats import LayerStats
 from msmoe.errors import UserError
@@ -103,8 +104,17 @@ def router_weight(view: LayerView, metric: Metric) -> Tensor:
 
 
 def weight(view: LayerView, metric: Metric) -> Tensor:
-    grams = [streamed_gram((expert[kind] for expert in view.experts()), view.num_experts) for kind in (0, 1)]
-    return gram_similarity(grams[0] + grams[1], metric=metric)
+    """Inner products of whole experts, each pair with its neurons matched: a permuted copy is the same expert.
+
+    The matched inner product is the objective of the assignment; E (E - 1) / 2 assignments.
+    """
+    experts = list(view.experts())
+    gram = torch.zeros(len(experts), len(experts), dtype=torch.float64)
+    for i, expert in enumerate(experts):
+        gram[i, i] = sum(w.double().square().sum() for w in expert)
+        for j in range(i):
+            gram[i, j] = gram[j, i] = match_weights(experts[j], expert).after
+    return gram_similarity(gram, metric=metric)
 
 
 def feature(view: LayerView, metric: Metric) -> Tensor:
@@ -252,14 +262,6 @@ def gradient_gram(gram: Tensor | None) -> Tensor:
 def relative_error(output: Tensor, target: Tensor) -> float:
     """|output - target|^2 / |target|^2."""
     return float((output - target).double().square().sum() / target.double().square().sum().clamp(min=TINY))
-
-
-def standardise(hidden: Tensor) -> Tensor:
-    """Columns of (T, F) centred and scaled to unit norm; a constant column becomes zero."""
-    centred = hidden - hidden.mean(0)
-    norm = centred.norm(dim=0)
-    constant = norm <= 1e-6 * hidden.norm(dim=0).clamp(min=TINY)
-    return (centred / norm.clamp(min=TINY)).masked_fill(constant, 0.0)
 
 
 def sample_of(view: LayerView, experts: Sequence[int]) -> TokenSample:

@@ -143,7 +143,9 @@ def fresh(switch, native, dropping_switch, dropping_stats, stats, data, tmp_path
         source = switch if tied else save_switch(work / "untied-ckpt", tie_word_embeddings=False)
         its_stats = stats if tied else profile_small(source, data)
         options = {"router": "dominant"}
-        plan = compress(source, its_stats, work / f"{name}-one", experts=1, export="native", apply_options=options)
+        plan = compress(
+            source, its_stats, work / f"{name}-one", experts=1, method="m-smoe", export="native", apply_options=options
+        )
         apply(source, plan, work / f"{name}-dense", stats=its_stats, export="dense")
     folders = {"exact": work / "exact", "native": native, "tied": work / "tied-dense", "untied": work / "untied-dense"}
     torch.save(batch_of(BATCH), work / "batch.pt")

@@ -104,7 +104,6 @@ def mean_of_routed(view, e, function=lambda x: x):
 FEATURES = {
     "router-logits": lambda view, e: view.stats.tokens().inputs @ view.router[e],
     "router-weight": lambda view, e: view.router[e],
-    "weight": lambda view, e: torch.cat([view.expert(e).wi.flatten(), view.expert(e).wo.flatten()]),
     "feature": mean_of_routed,
     "feature.abs": lambda view, e: mean_of_routed(view, e, torch.abs),
     "weight-feature": lambda view, e: (
@@ -122,6 +121,23 @@ def test_vector_bases_equal_a_loop_over_pairs(base, metric):
     features = [FEATURES[base](view, e).double() for e in range(E)]
     naive = torch.tensor([[metric(x, y) for y in features] for x in features], dtype=torch.float64)
     torch.testing.assert_close(similarity(view, base=base, metric=metric.__name__), naive, rtol=1e-4, atol=1e-5)
+
+
+def test_weight_similarity_is_that_of_the_best_matched_pair():
+    view = make_view()
+    a, b = view.expert(0), view.expert(2)
+    products = (a.wi @ b.wi.T + a.wo.T @ b.wo).double()
+    rows, columns = linear_sum_assignment(products.numpy(), maximize=True)
+    norms = [sum(float(w.double().square().sum()) for w in expert) for expert in (a, b)]
+    expected = (1 + float(products[rows, columns].sum()) / math.sqrt(norms[0] * norms[1])) / 2
+    assert float(similarity(view, base="weight")[0, 2]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_permuted_copy_has_weight_similarity_one():
+    view = make_view()
+    order = torch.randperm(len(view.expert(1).wi), generator=torch.Generator().manual_seed(0))
+    copied = replace(view, expert=lambda e: view.expert(1).permuted(order) if e == 3 else view.expert(e))
+    assert float(similarity(copied, base="weight")[1, 3]) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_mse_compares_the_average_of_a_pair_with_each_on_its_own_tokens():

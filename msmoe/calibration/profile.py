@@ -56,6 +56,7 @@ def profile(
         raise UserError(
             f"samples, batch size and token sample must be at least 1, got {samples}, {batch_size}, {token_sample}"
         )
+    check_device(device)
     records, digest = load_records(
         source,
         data,
@@ -96,6 +97,14 @@ def profile(
         },
         checkpoint={"model_type": source.model_type, "fingerprint": source.fingerprint},
     )  # fmt: skip
+
+
+def check_device(device: str) -> None:
+    """Raise `UserError` if torch cannot use the device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def load_records(

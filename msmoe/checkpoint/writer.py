@@ -229,6 +229,22 @@ def lock_journal(path: Path):
         os.close(descriptor)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file beside its name and rename it: the old content or the new, never half.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    with explain_os_errors(path):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+
 @contextlib.contextmanager
 def explain_os_errors(path: Path):
     """Turn an operating system's refusal to write into one clear line."""

@@ -21,7 +21,7 @@ METRICS = "exact_match,macro_f1,loss"
 @click.command("demo")
 @click.option("--experts", type=float, default=4, show_default=True, help="Experts kept per layer, on average, of 16.")
 @click.option("--method", default="m-smoe-refit", show_default=True, help="A row of `msmoe methods`.")
-@click.option("--samples", type=int, help="Use this many test examples per task instead of all.")
+@click.option("--samples", type=click.IntRange(min=1), help="Use this many test examples per task instead of all.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder for everything written; default: a new temporary one."
 )

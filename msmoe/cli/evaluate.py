@@ -17,8 +17,10 @@ from msmoe.cli.options import checkpoint_argument, force_option, json_option, se
     "given, a task gets the ones it allows.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="results.json to write.")
-@click.option("--batch-size", default=64, show_default=True, help="Examples per forward pass.")
-@click.option("--samples", type=int, help="Use a seeded choice of this many examples per task.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Examples per forward pass."
+)
+@click.option("--samples", type=click.IntRange(min=1), help="Use a seeded choice of this many examples per task.")
 @seed_option
 @force_option
 @json_option
@@ -41,6 +43,8 @@ def command(
 
     if out is not None and out.exists() and not force:
         raise UserError(f"{out} exists; use --force to replace it")
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"cannot write {out}: no folder {out.parent}")
     files = expand(tasks)
     wanted = metrics.split(",") if metrics else None
     if wanted is not None:

@@ -7,16 +7,27 @@ import click
 
 from msmoe.errors import UserError
 
+AT_LEAST_ONE = click.IntRange(min=1)
+
 checkpoint_argument = click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
 force_option = click.option("--force", is_flag=True, help="Replace what exists under the output's name.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs instead of tables.")
-seed_option = click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
+seed_option = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of every random choice."
+)
 
 PROFILE_OPTIONS = (
-    click.option("--samples", default=256, show_default=True, help="Calibration records used; a seeded choice."),
-    click.option("--batch-size", default=16, show_default=True, help="Records per forward pass."),
+    click.option(
+        "--samples",
+        type=AT_LEAST_ONE,
+        default=256,
+        show_default=True,
+        help="Calibration records used; a seeded choice.",
+    ),
+    click.option("--batch-size", type=AT_LEAST_ONE, default=16, show_default=True, help="Records per forward pass."),
     click.option(
         "--token-sample",
+        type=AT_LEAST_ONE,
         default=4096,
         show_default=True,
         help="Tokens kept per layer, for everything that depends on expert outputs (refit, output similarity).",
@@ -25,8 +36,12 @@ PROFILE_OPTIONS = (
         "--gradients", is_flag=True, help="Also record what the gradient similarities need (a backward pass)."
     ),
     click.option("--device", default="cpu", show_default=True, help="Where the model runs, e.g. cuda."),
-    click.option("--max-source-length", default=512, show_default=True, help="Longer inputs are cut."),
-    click.option("--max-target-length", default=128, show_default=True, help="Longer targets are cut."),
+    click.option(
+        "--max-source-length", type=click.IntRange(min=2), default=512, show_default=True, help="Longer inputs are cut."
+    ),
+    click.option(
+        "--max-target-length", type=AT_LEAST_ONE, default=128, show_default=True, help="Longer targets are cut."
+    ),
 )
 PLAN_OPTIONS = (
     click.option("--experts", type=float, default=8, show_default=True, help="Experts kept per layer, on average."),
@@ -105,6 +120,9 @@ def parse_size(text: str) -> int:
     number = text.strip().rstrip("BGKMbgkm")
     unit = text.strip()[len(number) :].upper()
     try:
-        return int(float(number) * units[unit])
+        size = int(float(number) * units[unit])
     except (ValueError, KeyError):
-        raise UserError(f"--max-shard-size must look like 5GB or 200MB, got {text!r}") from None
+        size = 0
+    if size > 0:
+        return size
+    raise UserError(f"--max-shard-size must look like 5GB or 200MB, got {text!r}")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from msmoe.checkpoint import write_whole
 from msmoe.errors import UserError
 from msmoe.evaluate.metrics import Estimate
 
@@ -62,7 +63,4 @@ def save_results(results: Sequence[TaskResult], path: str | Path, *, force: bool
     if path.exists() and not force:
         raise UserError(f"{path} exists; use --force to replace it")
     content = {"format": FORMAT, "results": [result.describe() for result in results]}
-    try:
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    write_whole(path, json.dumps(content, indent=1) + "\n")

@@ -30,6 +30,7 @@ from msmoe.loading import load
 
 METRICS = ("exact_match", "accuracy", "macro_f1", "loss")
 MAX_LABELS = 64
+FLOP_RECORDS = 8
 Progress = Callable[[int, int], None]  # (examples done, examples in all)
 
 
@@ -60,6 +61,8 @@ def evaluate(
         UserError: for a checkpoint or data that cannot be used, or a metric that the data do not allow.
     """
     started = time.perf_counter()
+    if batch_size < 1 or (samples is not None and samples < 1):
+        raise UserError(f"batch size and samples must be at least 1, got {batch_size} and {samples}")
     name, num_bytes = "model", None
     path = model if isinstance(model, str | Path) else getattr(getattr(model, "config", None), "_name_or_path", "")
     if isinstance(model, str | Path):
@@ -68,8 +71,8 @@ def evaluate(
         name, num_bytes = Path(path).name, Checkpoint(path).num_bytes
         tokenizer = tokenizer or load_tokenizer(Path(path))
     raw = read_records(data)
-    raw = raw if samples is None else choose_records(raw, samples, seed=seed)
     wanted = check_metrics(metrics, raw, data) if metrics else allowed_metrics(raw)
+    raw = raw if samples is None else choose_records(raw, samples, seed=seed)
     pad_id = model.config.pad_token_id or 0
     records = tokenize(raw, tokenizer, pad_id=pad_id, vocab_size=model.config.vocab_size, seed=seed)
     scorer = Scorer(model.eval(), tokenizer, raw, records, wanted, pad_id=pad_id)
@@ -86,7 +89,7 @@ def evaluate(
         majority_share=scorer.majority_share,
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_bytes=num_bytes,
-        flops_per_token=scorer.flops_per_token,
+        flops_per_token=scorer.flops_per_token(),
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
     )
@@ -134,7 +137,6 @@ class Scorer:
         self.num_tokens = np.array([sum(label != IGNORE for label in r.labels) for r in records])
         self.answers = [""] * len(records)
         self.likeliest = [""] * len(records)
-        self.flops_per_token = 0.0
         self.longest = max(len(r.labels) for r in records) + 2
 
     @property
@@ -147,11 +149,8 @@ class Scorer:
         device = next(self.model.parameters()).device
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         mask, labels = batch["attention_mask"], batch["labels"]
-        with FlopCounterMode(display=False) as counter:
-            encoded = self.model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask)
-            self.losses[chosen] = self._loss(encoded, mask, labels)
-        num_tokens = int(mask.sum()) + int((labels != IGNORE).sum())
-        self.flops_per_token = self.flops_per_token or counter.get_total_flops() / num_tokens
+        encoded = self.model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask)
+        self.losses[chosen] = self._loss(encoded, mask, labels)
         if "accuracy" in self.metrics:
             scores = [
                 self._loss(encoded, mask, torch.tensor([ids] * len(chosen), device=device)) for ids in self.label_ids
@@ -169,6 +168,17 @@ class Scorer:
             texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
                 self.answers[i] = text.strip()
+
+    def flops_per_token(self) -> float:
+        """Floating-point operations per source and target token, counted on single unpadded records."""
+        chosen = self.records[:: max(1, len(self.records) // FLOP_RECORDS)][:FLOP_RECORDS]
+        device = next(self.model.parameters()).device
+        with FlopCounterMode(display=False) as counter:
+            for record in chosen:
+                batch = {name: t.to(device) for name, t in collate([record], pad_id=self.pad_id).items()}
+                encoded = self.model.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+                self._loss(encoded, batch["attention_mask"], batch["labels"])
+        return counter.get_total_flops() / sum(len(r.input_ids) + len(r.labels) for r in chosen)
 
     def _loss(self, encoded, mask: Tensor, labels: Tensor) -> np.ndarray:
         """Summed cross-entropy (B,) of target tokens (B, S'), given the encoder's output."""
@@ -197,5 +207,12 @@ class Scorer:
 
 
 def peak_memory() -> int:
-    """Most bytes that were ever resident in this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Most bytes that were ever resident in this process.
+
+    `getrusage` would count the parent's memory at the time of the fork as well, so Linux is asked for its own figure.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
