@@ -108,7 +108,7 @@ def choose(kind: str, name: str, choices: "tuple[str, ...] | dict") -> str:
     if name in choices:
         return name
     close = difflib.get_close_matches(str(name), list(choices), n=1)
-    hint = f" - did you mean {close[0]!r}?" if close else ""
+    hint = f" - did you mean {close[0]!r}?" if close else "."
     raise UserError(f"unknown {kind} {name!r}{hint} Choose one of: {', '.join(choices)}")
 
 

@@ -11,6 +11,7 @@ from msmoe.cli.options import (
     PLAN_OPTIONS,
     PROFILE_OPTIONS,
     add_options,
+    check_output,
     checkpoint_argument,
     choices_of,
     json_option,
@@ -45,12 +46,11 @@ def command(
     from msmoe.apply import apply
     from msmoe.calibration.profile import profile
     from msmoe.checkpoint import Checkpoint
-    from msmoe.errors import UserError
     from msmoe.families import family_of
     from msmoe.methods import check_request, plan
 
-    if out.exists() and not force and not dry_run:
-        raise UserError(f"{out} exists; use --force to replace it")
+    if not dry_run:
+        check_output(out, force=force)
     shard_bytes = parse_size(max_shard_size)
     source = Checkpoint(checkpoint)
     choices = choices_of(options)

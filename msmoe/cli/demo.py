@@ -12,7 +12,7 @@ import click
 
 from msmoe.cli.apply import print_report
 from msmoe.cli.console import console, human_bytes, progress, table, usage_table
-from msmoe.cli.options import force_option
+from msmoe.cli.options import check_output, force_option
 from msmoe.cli.plan import print_plan
 
 METRICS = "exact_match,macro_f1,loss"
@@ -34,12 +34,17 @@ def command(experts: float, method: str, samples: int | None, out: Path | None, 
     """
     from msmoe.apply import apply
     from msmoe.calibration.profile import profile
+    from msmoe.checkpoint import Checkpoint
     from msmoe.demo import CALIBRATION, CHECKPOINT
-    from msmoe.errors import UserError
-    from msmoe.methods import plan
+    from msmoe.families import family_of
+    from msmoe.methods import check_request, plan
 
-    if out is not None and out.exists() and not force:
-        raise UserError(f"{out} exists; use --force to replace what is in it")
+    if out is not None:
+        check_output(out, force=force)
+    source = Checkpoint(CHECKPOINT)
+    check_request(
+        family_of(source), source, method=method, export="exact", router="fit", keep_layers=None, experts=experts
+    )
     folder = out or Path(tempfile.mkdtemp(prefix="msmoe-demo-"))
     folder.mkdir(parents=True, exist_ok=True)
     compressed = folder / "compressed"

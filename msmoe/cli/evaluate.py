@@ -40,6 +40,7 @@ def command(
     from msmoe.errors import UserError
     from msmoe.evaluate.results import save_results
     from msmoe.evaluate.run import evaluate
+    from msmoe.loading import load
 
     if out is not None and out.exists() and not force:
         raise UserError(f"{out} exists; use --force to replace it")
@@ -49,12 +50,13 @@ def command(
     wanted = metrics.split(",") if metrics else None
     if wanted is not None:
         check_names(wanted)
-    results = []
+    model, results = None, []
     for file in files:
         with progress(Path(file).stem) as update:
+            model = load(checkpoint) if model is None else model
             results.append(
                 evaluate(
-                    checkpoint,
+                    model,
                     file,
                     metrics=wanted and applicable(wanted, file),
                     batch_size=batch_size,
@@ -107,8 +109,12 @@ def applicable(names: list[str], file: str) -> list[str]:
 
 def expand(tasks: tuple[str, ...]) -> list[str]:
     """Task files; a folder stands for its *.jsonl files."""
+    from msmoe.errors import UserError
+
     files = []
     for task in tasks:
         inside = sorted(str(p) for p in Path(task).glob("*.jsonl")) if Path(task).is_dir() else [task]
+        if not inside:
+            raise UserError(f"{task} is a folder without *.jsonl files")
         files += inside
     return files

@@ -1,5 +1,6 @@
 """Options that several subcommands share."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,6 +115,15 @@ def choices_of(arguments: dict) -> dict:
     return {name: arguments[name] for name in names} | {"keep_layers": list(arguments["keep_layers"]) or None}
 
 
+def check_output(path: Path, *, force: bool) -> None:
+    """Raise `UserError`, before any work, for an output that exists or has no place to be written."""
+    if path.exists() and not force:
+        raise UserError(f"{path} exists; use --force to replace it")
+    ancestor = next(p for p in path.absolute().parents if p.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        raise UserError(f"cannot write {path}: {ancestor} is not a folder that can be written to")
+
+
 def parse_size(text: str) -> int:
     """Bytes of `5GB`, `200MB`, `1000`."""
     units = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1, "": 1}
@@ -121,7 +131,7 @@ def parse_size(text: str) -> int:
     unit = text.strip()[len(number) :].upper()
     try:
         size = int(float(number) * units[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         size = 0
     if size > 0:
         return size

@@ -5,7 +5,15 @@ from pathlib import Path
 import click
 
 from msmoe.cli.console import console, print_json, progress, usage_table
-from msmoe.cli.options import PROFILE_OPTIONS, add_options, checkpoint_argument, force_option, json_option, seed_option
+from msmoe.cli.options import (
+    PROFILE_OPTIONS,
+    add_options,
+    check_output,
+    checkpoint_argument,
+    force_option,
+    json_option,
+    seed_option,
+)
 
 
 @click.command("profile")
@@ -27,10 +35,8 @@ def command(checkpoint: Path, data: str, out: Path, force: bool, as_json: bool, 
     Example: msmoe profile switch-base-8 --data calibration.jsonl --out stats
     """
     from msmoe.calibration.profile import profile
-    from msmoe.errors import UserError
 
-    if out.exists() and not force:
-        raise UserError(f"{out} exists; use --force to replace it")
+    check_output(out, force=force)
     with progress("profiling") as update:
         stats = profile(checkpoint, data, progress=update, **options)
     stats.save(out, force=force)

@@ -390,7 +390,7 @@ BAD = {
     "occupied output": (occupy, [PROFILE, PLAN, APPLY, COMPRESS, EVALUATE], "new exists; use --force to replace it"),
     "unwritable output": (
         nothing,
-        [f"{c.rsplit(' ', 1)[0]} plan.json/new" for c in (PROFILE, PLAN, APPLY, EVALUATE)],
+        [f"{c.rsplit(' ', 1)[0]} plan.json/new" for c in (PROFILE, PLAN, APPLY, COMPRESS, EVALUATE)],
         "cannot write plan.json/new",
     ),
     "unknown method": (nothing, [f"{PLAN} --method m-smo", f"{COMPRESS} --method m-smo"], "did you mean 'm-smoe'"),
@@ -412,6 +412,10 @@ BAD = {
         [APPLY],
         "unknown align 'weights' - did you mean 'weight'?",
     ),
+    "folder without tasks": (nothing, ["evaluate ckpt --data stats"], "stats is a folder without *.jsonl files"),
+    "endless shard size": (nothing, [f"{APPLY} --max-shard-size inf"], "--max-shard-size must look like 5GB"),
+    "unwritable demo": (nothing, ["demo --out plan.json/new"], "cannot write plan.json/new"),
+    "unknown method of the demo": (nothing, ["demo --out new --method m-smo"], "did you mean 'm-smoe'"),
     "no number": (nothing, [f"{PLAN} --seed many"], "many"),
 }
 
