@@ -54,7 +54,7 @@ def refit_output(
 ) -> Refit:
     """Re-solve `merged.wo` on tokens of its group.
 
-    Solves in the space of tokens or of neurons, whichever is smaller; products are accumulated in float64.
+    Solves in the space of tokens or of neurons, whichever is cheaper; products are accumulated in float64.
 
     Args:
         merged: the merged expert, float32.
@@ -76,7 +76,7 @@ def refit_output(
         unknown = float(residuals[num_fitted:].double().square().sum()) / total if total else float("nan")
         return Refit(merged.wo, None, num_fitted, num_held_out, unknown, unknown)
 
-    space = TokenSpace if len(rows) <= rows.shape[1] else NeuronSpace
+    space = TokenSpace if len(rows) <= 2 * rows.shape[1] else NeuronSpace  # half of the tokens are fitted six times
     problem: Ridge = space(rows, residuals, num_fitted)
     errors = {ridge: problem.held_out_error(ridge) / total for ridge in ridges}
     before = float(residuals[num_fitted:].double().square().sum()) / total
@@ -113,7 +113,8 @@ class TokenSpace:
             self.gram += block @ block.T
 
     def _coefficients(self, num_tokens: int, ridge: float) -> Tensor:
-        gram = self.gram[:num_tokens, :num_tokens].clone()
+        gram = self.gram[:num_tokens, :num_tokens]
+        gram = gram.clone() if num_tokens < len(self.gram) else gram
         mean_diagonal = float(gram.diagonal().sum()) / self.rows.shape[1]
         return solve_shifted(gram, ridge * mean_diagonal, self.residuals[:num_tokens])
 
@@ -122,7 +123,7 @@ class TokenSpace:
         predicted = self.gram[n:, :n] @ self._coefficients(n, ridge)
         return float((self.residuals[n:] - predicted).square().sum())
 
-    def solve(self, ridge: float) -> Tensor:
+    def solve(self, ridge: float) -> Tensor:  # the last use of the Gram matrix: it is overwritten
         return self._coefficients(len(self.rows), ridge).float().T @ self.rows
 
 
@@ -160,4 +161,4 @@ def solve_shifted(gram: Tensor, shift: float, right: Tensor) -> Tensor:
     if shift == 0:
         return torch.zeros_like(right)
     gram.diagonal().add_(shift)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(gram))
+    return torch.cholesky_solve(right, torch.linalg.cholesky(gram, out=gram))
