@@ -208,7 +208,8 @@ the encoder) set to zero:
 |---|---|---|---|
 {loss_rows}
 
-On the calibration records; cosines are means over pairs of different experts:
+On the calibration records; cosines are means over pairs of different experts, those of weights after the
+best match of their neurons:
 
 {facts}
 
