@@ -16,7 +16,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from msmoe.align import match_weights, standardise
-from msmoe.calibration.sample import TokenSample
 from msmoe.calibration.stats import LayerStats
 from msmoe.errors import UserError
 from msmoe.families import Expert
@@ -262,9 +261,3 @@ def gradient_gram(gram: Tensor | None) -> Tensor:
 def relative_error(output: Tensor, target: Tensor) -> float:
     """|output - target|^2 / |target|^2."""
     return float((output - target).double().square().sum() / target.double().square().sum().clamp(min=TINY))
-
-
-def sample_of(view: LayerView, experts: Sequence[int]) -> TokenSample:
-    """Sampled tokens routed to any of the experts."""
-    sample = view.stats.tokens()
-    return sample.select(torch.isin(sample.expert, torch.tensor(list(experts))))
