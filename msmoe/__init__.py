@@ -4,6 +4,8 @@
     plan = msmoe.plan("switch-dir", stats, experts=8)
     msmoe.apply("switch-dir", plan, "out-dir", stats=stats)
     model = msmoe.load("out-dir")
+    msmoe.factorize("out-dir", "small-dir", stats=stats, rank=32)
+    msmoe.recover("small-dir", "final-dir", teacher="switch-dir", data="train.jsonl", epochs=3)
     scores = msmoe.evaluate(model, "task.jsonl")
 
 Importing the package lets transformers' Auto classes open compressed checkpoints.
@@ -15,10 +17,12 @@ from msmoe.calibration.stats import Stats
 from msmoe.errors import UserError
 from msmoe.evaluate.results import TaskResult, save_results
 from msmoe.evaluate.run import evaluate
+from msmoe.factorize.run import FactorizeReport, factorize
 from msmoe.inspect import Summary, inspect
 from msmoe.loading import load
 from msmoe.methods import METHODS, plan
 from msmoe.plan import Plan
+from msmoe.recover.run import RecoverReport, recover
 from msmoe.registration import is_command, register
 
 if not is_command():
@@ -27,16 +31,20 @@ if not is_command():
 __all__ = [
     "METHODS",
     "ApplyReport",
+    "FactorizeReport",
     "Plan",
+    "RecoverReport",
     "Stats",
     "Summary",
     "TaskResult",
     "UserError",
     "apply",
     "evaluate",
+    "factorize",
     "inspect",
     "load",
     "plan",
     "profile",
+    "recover",
     "save_results",
 ]

@@ -6,34 +6,32 @@ number of cores.
 Shapes: E experts, G groups, S sampled tokens, T tokens of a group, D d_model, F d_ff.
 """
 
-import contextlib
 import json
 import os
-import zlib
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 from msmoe.calibration.stats import Stats
 from msmoe.checkpoint import Checkpoint, CheckpointWriter, to_dtype
+from msmoe.checkpoint.readback import checksum, verify
 from msmoe.checkpoint.writer import MAX_SHARD_BYTES
 from msmoe.errors import UserError
-from msmoe.export import Export, GroupSlots, build_export
-from msmoe.families import Expert, family_of
+from msmoe.export import Export, build_export
+from msmoe.factorize.options import SIZES, FactorOptions
+from msmoe.factorize.run import FactorizeReport, factorize
+from msmoe.families import Expert, Family, family_of
 from msmoe.merging import GroupReport, Sources, merge_one
-from msmoe.methods import check_parameters, predict
+from msmoe.methods import check_parameters, factor_options, predict
+from msmoe.parallel import Progress, in_order, on_one_thread, single_threaded
 from msmoe.plan import Plan
 from msmoe.provenance import capacity_drop_rates, write_metadata
 from msmoe.router import RouterFit, reduce_router
 from msmoe.sequential import merge_sequentially
-
-Progress = Callable[[int, int], None]  # (merged groups done, merged groups in all)
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,7 @@ class ApplyReport:
         routers: layer -> fit of its reduced router (`native`).
         drop_rates: layer -> share of calibration tokens over capacity, (before, after).
         num_parameters, num_bytes: as written, expert maps counted in the bytes only.
+        factors: what factorising the merged experts gave, for plans that say so.
     """
 
     out: Path
@@ -55,6 +54,7 @@ class ApplyReport:
     drop_rates: dict[str, tuple[float, float]]
     num_parameters: int
     num_bytes: int
+    factors: FactorizeReport | None = None
 
 
 def apply(
@@ -97,6 +97,72 @@ def apply(
     plan.check_against(source, family.layers(source))
     check_parameters(plan.parameters)
     plan = predict(family, source, plan, export=export)
+    how = {
+        "data": data, "export": export, "router": router, "resume": resume, "max_shard_bytes": max_shard_bytes,
+        "workers": workers, "progress": progress,
+    }  # fmt: skip
+    options = factor_options(plan.parameters)
+    if options is None:
+        return merge(source, family, plan, Path(out), stats=stats, force=force, **how)
+    return merge_and_factorize(source, family, plan, Path(out), options, stats=stats, force=force, **how)
+
+
+def merge_and_factorize(
+    source: Checkpoint,
+    family: Family,
+    plan: Plan,
+    out: Path,
+    options: FactorOptions,
+    *,
+    stats: Stats | str | Path | None,
+    force: bool,
+    **how,
+) -> ApplyReport:
+    """Merge into a folder beside the output, factorise from there, and remove it."""
+    if out.exists() and not force:
+        raise UserError(f"{out} exists; use --force to replace it")
+    if stats is None:
+        raise UserError("this plan needs --stats: its factors weigh errors by what the experts see")
+    stats = stats if isinstance(stats, Stats) else Stats.load(stats)
+    merged_plan = without_factors(plan)
+    merged_plan = predict(family, source, merged_plan, export=how["export"])
+    merged = out.with_name(f"{out.name}.merged")
+    budget = options.budget(source.num_bytes) if options.is_budget else None
+    try:
+        if how["resume"] and (merged / "plan.json").exists() and Plan.load(merged / "plan.json") == merged_plan:
+            report = merged_report(merged)
+        else:
+            report = merge(source, family, merged_plan, merged, stats=stats, force=True, **how)
+        factors = factorize(
+            merged, out, stats=stats, keep_layers=plan.parameters.get("keep_layers") or ["none"],
+            export=how["export"], original=source.path, force=force, resume=how["resume"],
+            max_shard_bytes=how["max_shard_bytes"], workers=how["workers"], progress=how["progress"], plan=plan,
+            **asdict(replace(options, target_bytes=budget, target_ratio=None)),
+        )  # fmt: skip
+    except Exception:
+        shutil.rmtree(merged, ignore_errors=True)
+        raise
+    shutil.rmtree(merged)
+    return replace(report, out=out, num_parameters=factors.num_parameters, num_bytes=factors.num_bytes, factors=factors)
+
+
+def merge(
+    source: Checkpoint,
+    family: Family,
+    plan: Plan,
+    out: Path,
+    *,
+    stats: Stats | str | Path | None,
+    data: str | Path | None,
+    export: str,
+    router: str,
+    force: bool,
+    resume: bool,
+    max_shard_bytes: int,
+    workers: int | None,
+    progress: Progress | None,
+) -> ApplyReport:
+    """Write the merged checkpoint of a checked plan."""
     layout = build_export(export, family, source, plan)
     stats = load_needed_stats(plan, layout, stats, source, router)
     if plan.parameters.get("refit") == "sequential" and export == "dense":
@@ -129,10 +195,25 @@ def apply(
                 if unwritten[slot.tensor] == 0 and slot.tensor not in writer.done:
                     writer.finish(slot.tensor)
         notes = [writer.notes[f"{layer}/{plan.layers[layer].groups[g].dominant}"] for layer, g in layout.merged]
-        verify(writer.partial, dict(zip(layout.merged.values(), (note["crc32"] for note in notes), strict=True)))
+        slots = (slot for pair in layout.merged.values() for slot in pair)
+        checksums = (value for note in notes for value in note["crc32"])
+        verify(writer.partial, {(slot.tensor, slot.index): c for slot, c in zip(slots, checksums, strict=True)})
         drop_rates = capacity_drop_rates(layout, plan, stats, source)
         write_metadata(writer, layout, sources, notes, routers, drop_rates)
     return ApplyReport(writer.out, notes, routers, drop_rates, layout.num_parameters, layout.num_bytes)
+
+
+def without_factors(plan: Plan) -> Plan:
+    """The merging half of a plan that merges and factorises."""
+    return replace(plan, parameters=plan.parameters | dict.fromkeys(SIZES))
+
+
+def merged_report(merged: Path) -> ApplyReport:
+    """Report of a merge that a killed run had finished, from what it wrote."""
+    content = json.loads((merged / "msmoe.json").read_text(encoding="utf-8"))
+    rates = {name: (rate["before"], rate["after"]) for name, rate in content["drop_rates"].items()}
+    written = content["num_parameters"]["written"], content["bytes"]["written"]
+    return ApplyReport(merged, content["groups"], {}, rates, *written)
 
 
 def load_needed_stats(
@@ -202,61 +283,3 @@ def merge_groups(
         yield layer, g, expert, report
         if progress:
             progress(count, len(pending))
-
-
-def in_order(function: Callable, items: list, workers: int) -> Iterator:
-    """`map` on worker threads with one arithmetic thread each, at most `workers` results ahead of the consumer."""
-    with single_threaded(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        running: list[Future] = []
-        try:
-            for item in items:
-                running.append(pool.submit(function, item))
-                if len(running) == workers:
-                    yield running.pop(0).result()
-            while running:
-                yield running.pop(0).result()
-        finally:
-            for future in running:
-                future.cancel()
-
-
-def on_one_thread(results: Iterator) -> Iterator:
-    """The same results, each computed with one arithmetic thread."""
-    with single_threaded():
-        yield from results
-
-
-@contextlib.contextmanager
-def single_threaded() -> Iterator[None]:
-    """One arithmetic thread per Python thread: sums come out the same on any number of cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-
-
-def verify(folder: Path, checksums: dict[GroupSlots, list[int]]) -> None:
-    """Read the merged experts back with the safetensors library and compare them with what was computed.
-
-    Raises:
-        UserError: if the storage gave back something else.
-    """
-    wanted: dict[str, list[tuple[int | None, int]]] = {}
-    for slots, values in checksums.items():
-        for slot, value in zip(slots, values, strict=True):
-            wanted.setdefault(slot.tensor, []).append((slot.index, value))
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in wanted.keys() & set(tensors.keys()):
-                for index, value in wanted[name]:
-                    stored = tensors.get_tensor(name) if index is None else tensors.get_slice(name)[index]
-                    if checksum(stored) != value:
-                        raise UserError(
-                            f"{name} read back from {file.name} differs from what was written: check the disk"
-                        )

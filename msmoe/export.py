@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 from msmoe.checkpoint import Checkpoint, TensorSpec
 from msmoe.errors import UserError
+from msmoe.factorize.shapes import LayerFactors
 from msmoe.families import ExpertKeys, Family, MoELayer
+from msmoe.families.base import MATRICES
 from msmoe.plan import LayerPlan, Plan
 
 EXPORTS = ("exact", "native", "dense")
@@ -41,6 +43,7 @@ class Export:
         merged: (layer, position in the plan's groups) -> slots of an expert to be computed.
         routers: layer -> tensor of G router rows to be computed (`native`).
         maps: layer -> tensor of the map from experts to stored groups (`exact`).
+        indices: tensors that hold indices, not weights.
         config: content of `config.json`.
     """
 
@@ -51,12 +54,12 @@ class Export:
     merged: dict[tuple[str, int], GroupSlots] = field(default_factory=dict)
     routers: dict[str, str] = field(default_factory=dict)
     maps: dict[str, str] = field(default_factory=dict)
+    indices: set[str] = field(default_factory=set)
 
     @property
     def num_parameters(self) -> int:
-        """Weights of the output; the expert maps are indices, not parameters."""
-        maps = set(self.maps.values())
-        return sum(spec.num_parameters for spec in self.tensors if spec.name not in maps)
+        """Weights of the output; expert maps and row indices are no parameters."""
+        return sum(spec.num_parameters for spec in self.tensors if spec.name not in self.indices)
 
     @property
     def num_bytes(self) -> int:
@@ -66,14 +69,39 @@ class Export:
         self.tensors.append(TensorSpec(name, source.dtype, source.shape))
         self.copies.append((Slot(name), source.name))
 
-    def add_expert(self, names: ExpertKeys, layer: MoELayer, *, stacked: int | None = None) -> None:
-        axes = () if stacked is None else (stacked,)
-        self.tensors.append(TensorSpec(names.wi, layer.dtype, (*axes, layer.d_ff, layer.d_model)))
-        self.tensors.append(TensorSpec(names.wo, layer.dtype, (*axes, layer.d_model, layer.d_ff)))
+    def add_expert(self, names: ExpertKeys, layer: MoELayer) -> None:
+        self.tensors.append(TensorSpec(names.wi, layer.dtype, layer.shape("wi")))
+        self.tensors.append(TensorSpec(names.wo, layer.dtype, layer.shape("wo")))
+
+    def add_stacked(self, family: Family, layer: MoELayer, num_groups: int, factors: LayerFactors) -> None:
+        """The experts of a layer as the `exact` export stores them, dense or factorised."""
+        for matrix, name in zip(MATRICES, family.stacked_keys(layer.name), strict=True):
+            num_outputs, num_inputs = layer.shape(matrix)
+            if matrix not in factors:
+                self.tensors.append(TensorSpec(name, layer.dtype, (num_groups, num_outputs, num_inputs)))
+                continue
+            rank, num_rows = factors[matrix]
+            names = family.factor_keys(layer.name, matrix)
+            self.tensors.append(TensorSpec(names.u, layer.dtype, (num_groups, num_outputs, rank)))
+            self.tensors.append(TensorSpec(names.v, layer.dtype, (num_groups, rank, num_inputs)))
+            self.tensors.append(TensorSpec(names.s, layer.dtype, (num_groups, num_rows, num_inputs)))
+            self.tensors.append(TensorSpec(names.rows, "I32", (num_groups, num_rows)))
+            self.indices.add(names.rows)
+
+    def add_map(self, family: Family, layer: MoELayer) -> None:
+        """The map from experts to stored groups."""
+        self.maps[layer.name] = family.expert_map_key(layer.name)
+        self.indices.add(self.maps[layer.name])
+        self.tensors.append(TensorSpec(self.maps[layer.name], "I64", (layer.num_experts,)))
 
 
-def build_export(kind: str, family: Family, checkpoint: Checkpoint, plan: Plan) -> Export:
+def build_export(
+    kind: str, family: Family, checkpoint: Checkpoint, plan: Plan, *, factors: dict[str, LayerFactors] | None = None
+) -> Export:
     """Lay out the output of a plan.
+
+    Args:
+        factors: per layer of an `exact` export, the matrices that will be factorised and their shapes.
 
     Raises:
         UserError: for an unknown export, or a plan that the export cannot store.
@@ -88,7 +116,7 @@ def build_export(kind: str, family: Family, checkpoint: Checkpoint, plan: Plan) 
             raise UserError(f"the plan removes expert {layer_plan.removed[0]} of {name}; only merging can be applied")
     _check_storable(kind, family, checkpoint, num_groups)
     if kind == "exact":
-        export = Export(kind, family.exact_config(checkpoint.config, num_groups))
+        export = Export(kind, family.exact_config(checkpoint.config, num_groups, factors or {}))
     elif kind == "native":
         export = Export(kind, family.native_config(checkpoint.config, next(iter(num_groups.values()))))
     else:
@@ -105,7 +133,7 @@ def build_export(kind: str, family: Family, checkpoint: Checkpoint, plan: Plan) 
         if name not in handled:
             export.add_copy(checkpoint.spec(name), family.dense_name(name) if kind == "dense" else name)
     for layer in layers:
-        _add_layer(export, family, checkpoint, layer, plans[layer.name])
+        _add_layer(export, family, checkpoint, layer, plans[layer.name], (factors or {}).get(layer.name, {}))
     return export
 
 
@@ -124,13 +152,14 @@ def _check_storable(kind: str, family: Family, checkpoint: Checkpoint, num_group
         raise UserError("--export native does not support router biases: use --export exact")
 
 
-def _add_layer(export: Export, family: Family, checkpoint: Checkpoint, layer: MoELayer, plan: LayerPlan) -> None:
+def _add_layer(
+    export: Export, family: Family, checkpoint: Checkpoint, layer: MoELayer, plan: LayerPlan, factors: LayerFactors
+) -> None:
     count = len(plan.groups)
     stacked = family.stacked_keys(layer.name)
     if export.kind == "exact":
-        export.add_expert(stacked, layer, stacked=count)
-        export.maps[layer.name] = family.expert_map_key(layer.name)
-        export.tensors.append(TensorSpec(export.maps[layer.name], "I64", (layer.num_experts,)))
+        export.add_stacked(family, layer, count, factors)
+        export.add_map(family, layer)
     elif export.kind == "native" and count < layer.num_experts:
         router = checkpoint.spec(family.router_key(layer.name))
         export.routers[layer.name] = router.name

@@ -7,6 +7,8 @@ from pathlib import Path
 from msmoe.checkpoint import Checkpoint
 from msmoe.families import inspectable_family_of
 
+INDICES = ("expert maps", "row indices")  # parts that are no parameters
+
 
 @dataclass(frozen=True)
 class LayerSummary:
@@ -50,8 +52,9 @@ def inspect(checkpoint: str | Path) -> Summary:
     experts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for name in source:
         spec, part = source.spec(name), family.part(name)
-        for totals in [parts[part], *([experts[name.rpartition(".experts.")[0]]] if part == "experts" else [])]:
-            totals[0] += 0 if part == "expert maps" else spec.num_parameters
+        layer = [experts[name.partition(".experts.")[0]]] if ".experts." in name else []
+        for totals in [parts[part], *layer]:
+            totals[0] += 0 if part in INDICES else spec.num_parameters
             totals[1] += spec.num_bytes
     layers = tuple(
         LayerSummary(layer.name, layer.num_experts, num_stored, layer.d_model, layer.d_ff, *experts[layer.name])
@@ -60,7 +63,7 @@ def inspect(checkpoint: str | Path) -> Summary:
     return Summary(
         path=str(source.path),
         model_type=source.model_type,
-        dtypes=tuple(sorted({source.spec(name).dtype for name in source if family.part(name) != "expert maps"})),
+        dtypes=tuple(sorted({source.spec(name).dtype for name in source if family.part(name) not in INDICES})),
         expert_capacity=source.config.get("expert_capacity"),
         num_parameters=sum(count for count, _ in parts.values()),
         num_bytes=source.num_bytes,

@@ -7,7 +7,7 @@ here, with a function of its own where an existing one does not do.
 import difflib
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,8 @@ from msmoe.calibration.stats import LayerStats, Stats
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
 from msmoe.export import EXPORTS, build_export
+from msmoe.factorize.choose import check_budget, check_rank, expert_bytes, fixed_shapes
+from msmoe.factorize.options import DEFAULT_KEEP_ROWS, DEFAULT_RANK, SIZES, FactorOptions
 from msmoe.families import Family, MoELayer, family_of
 from msmoe.families.base import load_expert
 from msmoe.grouping import GROUPINGS, Budget, group_counts, group_experts
@@ -42,7 +44,10 @@ class Parameters:
         weighting: `usage` or `uniform`.
         align: how neurons are matched; align_to: the group's `dominant` expert, or the `first` of the layer.
         canonical: scale ReLU neurons to a canonical form before matching and averaging.
-        refit: re-solve `wo` on calibration tokens, each layer by itself or in order.
+        refit: re-solve `wo` on calibration tokens, each layer by itself or in order; and again after factorising.
+        rank, keep_rows, energy, target_bytes, target_ratio, svd, row_score: factorise the merged experts, if a rank,
+            an energy or a target is given; see `msmoe.factorize.options.FactorOptions`. `target_ratio` is of the
+            original's bytes.
     """
 
     experts: float = 8
@@ -56,6 +61,22 @@ class Parameters:
     align_to: Literal["dominant", "first"] = "dominant"
     canonical: bool = False
     refit: Refitting = "none"
+    rank: int | None = None
+    keep_rows: float = DEFAULT_KEEP_ROWS
+    energy: float | None = None
+    target_bytes: int | None = None
+    target_ratio: float | None = None
+    svd: Literal["activation", "plain"] = "activation"
+    row_score: Literal["activation", "magnitude"] = "activation"
+
+    @property
+    def factors(self) -> FactorOptions | None:
+        """How the merged experts are factorised; None if they are not."""
+        if all(getattr(self, name) is None for name in SIZES):
+            return None
+        names = ("keep_rows", "svd", "row_score", *SIZES)
+        chosen = FactorOptions(**{name: getattr(self, name) for name in names}, refit=self.refit != "none")
+        return chosen.resolve(has_stats=True)
 
 
 @dataclass(frozen=True)
@@ -88,6 +109,18 @@ METHODS = {
             "plain average of the groups of m-smoe, aligned",
             "baseline of arXiv 2310.01334",
             Parameters(weighting="uniform"),
+        ),
+        Method(
+            "mc-smoe",
+            "m-smoe, then the merged experts stored as low rank plus a few rows",
+            "arXiv 2310.01334",
+            Parameters(rank=DEFAULT_RANK),
+        ),
+        Method(
+            "mc-smoe-refit",
+            "m-smoe-refit, then low rank plus a few rows, wo re-solved once more for the truncated wi",
+            "this project; after arXiv 2310.01334",
+            Parameters(refit="independent", rank=DEFAULT_RANK),
         ),
     )
 }
@@ -187,8 +220,30 @@ def check_request(
 
 def predict(family: Family, checkpoint: Checkpoint, plan: Plan, *, export: str) -> Plan:
     """The plan with the parameters and bytes that `apply` will write for an export."""
-    layout = build_export(export, family, checkpoint, plan)
+    options, factors = factor_options(plan.parameters), None
+    if options is not None:
+        if export == "dense":
+            raise UserError("--export dense cannot be combined with factors; choose exact or native")
+        layers = [(n, len(plan.layers[n.name].groups)) for n in family.layers(checkpoint) if n.name in plan.layers]
+        check_rank(options, layers)
+        if options.is_budget:
+            if export == "native":
+                raise UserError(
+                    "--export native multiplies the factors out and saves no bytes: give --rank or --energy"
+                )
+            layout = build_export(export, family, checkpoint, plan)
+            check_budget(options, layers, others=layout.num_bytes - expert_bytes(layers), source=checkpoint)
+        if export == "exact" and options.rank is None:
+            return replace(plan, predicted={})  # known once the merged experts are decomposed
+        factors = fixed_shapes(options, layers) if export == "exact" else None
+    layout = build_export(export, family, checkpoint, plan, factors=factors)
     return replace(plan, predicted={"num_parameters": layout.num_parameters, "bytes": layout.num_bytes})
+
+
+def factor_options(parameters: dict) -> FactorOptions | None:
+    """How a plan's merged experts are factorised; None if they are not."""
+    known = {f.name for f in fields(Parameters)}
+    return Parameters(**{name: value for name, value in parameters.items() if name in known}).factors
 
 
 def resolve(method: str, choices: dict) -> Parameters:
@@ -198,7 +253,14 @@ def resolve(method: str, choices: dict) -> Parameters:
     for name in given:
         choose("parameter", name, tuple(asdict(defaults)))
     check_parameters(given)
+    if any(name in given for name in SIZES) and "rank" not in given:
+        given["rank"] = None  # another way to choose sizes takes the place of the method's rank
     parameters = replace(defaults, **given)
+    if parameters.factors is None:
+        for name in ("keep_rows", "svd", "row_score"):
+            if name in given:
+                raise UserError(f"--{name.replace('_', '-')} has no effect with method {method}: give --rank, --energy "
+                                "or a target as well, or choose mc-smoe")  # fmt: skip
     if parameters.group_capacity is not None and parameters.grouping != "dominant":
         raise UserError(f"--group-capacity has no effect with --grouping {parameters.grouping}")
     return parameters

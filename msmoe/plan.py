@@ -144,8 +144,10 @@ class Plan:
                 raise UserError(f"the plan counts {layer.num_experts} experts in {name}, it has {known[name]}")
 
     def __str__(self) -> str:
-        lines = [f"{self.method}: {self.predicted.get('num_parameters', 0):,} parameters, "
-                 f"{self.predicted.get('bytes', 0):,} bytes"]  # fmt: skip
+        size = "size known once the merged experts are decomposed"
+        if self.predicted:
+            size = f"{self.predicted['num_parameters']:,} parameters, {self.predicted['bytes']:,} bytes"
+        lines = [f"{self.method}: {size}"]
         width = max((len(name) for name in self.layers), default=0)
         for name, layer in self.layers.items():
             groups = "  ".join(map(str, layer.groups))

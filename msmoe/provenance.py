@@ -1,13 +1,16 @@
 """What travels with the weights: configuration, plan, provenance (`msmoe.json`), model card, modelling code."""
 
 import json
+from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
 from msmoe.calibration.stats import Stats
 from msmoe.checkpoint import Checkpoint, CheckpointWriter
 from msmoe.export import Export
+from msmoe.families import Family
 from msmoe.merging import Sources
 from msmoe.plan import Plan
 from msmoe.router import RouterFit
@@ -15,6 +18,7 @@ from msmoe.router import RouterFit
 OWN_FILES = ("config.json", "plan.json", "msmoe.json", "README.md", "model.safetensors.index.json")
 KEPT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".vocab")  # tokenizer and generation settings
 MAX_FILE_BYTES = 100 * 2**20
+FORMAT = "msmoe-checkpoint/1"
 
 
 def capacity_drop_rates(
@@ -44,65 +48,189 @@ def write_metadata(
 ) -> None:
     """Configuration, plan, provenance, model card, modelling code, and every small file of the source."""
     plan, source = sources.plan, sources.checkpoint
-    for file in sorted(source.path.iterdir()):
-        small = file.is_file() and file.stat().st_size <= MAX_FILE_BYTES
-        if small and file.name not in OWN_FILES and (file.suffix in KEPT_SUFFIXES or file.name.startswith("LICENSE")):
-            writer.copy_file(file)
-    if layout.kind == "exact":
-        for file in sources.family.code_files():
-            writer.copy_file(file)
     provenance = {
-        "format": "msmoe-checkpoint/1",
+        "format": FORMAT,
         "export": layout.kind,
-        "versions": {name: version(name) for name in ("msmoe", "torch", "transformers")},
+        "versions": versions(),
         "seed": plan.seed,
         "source": {"model_type": source.model_type, "fingerprint": source.fingerprint},
         "stats": plan.stats,
-        "num_parameters": {
-            "source": source.num_parameters,
-            "predicted": plan.predicted.get("num_parameters"),
-            "written": layout.num_parameters,
-        },
-        "bytes": {"source": source.num_bytes, "predicted": plan.predicted.get("bytes"), "written": layout.num_bytes},
+        **sizes(source, layout, plan),
         "groups": groups,
         "routers": {name: {"agreement": fit.agreement, "gate_error": fit.gate_error} for name, fit in routers.items()},
         "drop_rates": {name: {"before": rate[0], "after": rate[1]} for name, rate in drop_rates.items()},
     }
+    write_files(writer, layout, sources.family, source, plan, provenance)
+
+
+def write_factor_metadata(
+    writer: CheckpointWriter,
+    layout: Export,
+    source: Checkpoint,
+    family: Family,
+    plan: Plan,
+    *,
+    options: dict,
+    matrices: list[dict],
+    stats: Stats | None,
+) -> None:
+    """The same for a factorised checkpoint; what its input says of its own making is kept."""
+    before = read_provenance(source)
+    provenance = {
+        "format": FORMAT,
+        "seed": 0,
+        "source": {"model_type": source.model_type, "fingerprint": source.fingerprint},
+        "stats": {"sha256": stats.digest} if stats else {},
+        **before,
+        **sizes(source, layout, plan, before),
+        "export": layout.kind,
+        "versions": versions(),
+        "factors": {"options": options, "matrices": matrices},
+    }
+    write_files(writer, layout, family, source, plan, provenance)
+
+
+def write_recovery_metadata(
+    writer: CheckpointWriter,
+    layout: Export,
+    source: Checkpoint,
+    family: Family | None,
+    plan: Plan | None,
+    *,
+    recovery: dict,
+    log: Path,
+) -> None:
+    """The same for a fine-tuned checkpoint; `log` is copied beside the weights."""
+    before = read_provenance(source)
+    if plan is not None:
+        plan = replace(plan, predicted={"num_parameters": layout.num_parameters, "bytes": layout.num_bytes})
+    provenance = {
+        "format": FORMAT,
+        "source": {"model_type": source.model_type, "fingerprint": source.fingerprint},
+        **before,
+        **sizes(source, layout, plan, before),
+        "export": layout.kind,
+        "versions": versions(),
+        "recovery": recovery,
+    }
+    write_files(writer, layout, family, source, plan, provenance)
+    writer.write_text("training_log.jsonl", log.read_text(encoding="utf-8"))
+
+
+def read_provenance(source: Checkpoint) -> dict:
+    """Content of a checkpoint's `msmoe.json`; empty for one that has none, or none that can be read."""
+    try:
+        content = json.loads((source.path / "msmoe.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) and content.get("format") == FORMAT else {}
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("msmoe", "torch", "transformers")}
+
+
+def sizes(source: Checkpoint, layout: Export, plan: Plan | None, before: dict | None = None) -> dict:
+    """Parameters and bytes of the original, as predicted, and as written."""
+    original = {"num_parameters": source.num_parameters, "bytes": source.num_bytes}
+    if before:
+        original = {key: before[key]["source"] for key in original}
+    written = {"num_parameters": layout.num_parameters, "bytes": layout.num_bytes}
+    predicted = plan.predicted if plan else written
+    return {
+        key: {"source": original[key], "predicted": predicted.get(key), "written": written[key]} for key in original
+    }
+
+
+def write_files(
+    writer: CheckpointWriter,
+    layout: Export,
+    family: Family | None,
+    source: Checkpoint,
+    plan: Plan | None,
+    provenance: dict,
+) -> None:
+    """Everything of a checkpoint that is not weights."""
+    for file in sorted(source.path.iterdir()):
+        small = file.is_file() and file.stat().st_size <= MAX_FILE_BYTES
+        if small and file.name not in OWN_FILES and (file.suffix in KEPT_SUFFIXES or file.name.startswith("LICENSE")):
+            writer.copy_file(file)
+    if layout.kind == "exact" and family is not None:
+        for file in family.code_files():
+            writer.copy_file(file)
     writer.write_text("config.json", json.dumps(layout.config, indent=2) + "\n")
-    writer.write_text("plan.json", plan.to_json())
+    if plan is not None:
+        writer.write_text("plan.json", plan.to_json())
     writer.write_text("msmoe.json", json.dumps(provenance, indent=1) + "\n")
-    writer.write_text("README.md", model_card(layout, plan, source))
+    writer.write_text("README.md", model_card(provenance, plan))
 
 
-def model_card(layout: Export, plan: Plan, source: Checkpoint) -> str:
-    """README of the compressed checkpoint."""
+def model_card(provenance: dict, plan: Plan | None) -> str:
+    """README of a checkpoint, from its provenance and its plan."""
+    kind, source = provenance["export"], provenance["source"]
     load = {
         "exact": 'AutoModelForSeq2SeqLM.from_pretrained(path, trust_remote_code=True, attn_implementation="eager")',
-        "native": 'AutoModelForSeq2SeqLM.from_pretrained(path, attn_implementation="eager")',
         "dense": "AutoModelForSeq2SeqLM.from_pretrained(path)",
-    }[layout.kind]
-    trust = ", trust_remote_code=True" if layout.kind == "exact" else ""
-    rows = "\n".join(f"| `{name}` | {layer.num_experts} | {len(layer.groups)} |" for name, layer in plan.layers.items())
+    }.get(kind, 'AutoModelForSeq2SeqLM.from_pretrained(path, attn_implementation="eager")')
+    trust = ", trust_remote_code=True" if kind == "exact" else ""
+    counts, size = provenance["num_parameters"], provenance["bytes"]
     return f"""---
 library_name: transformers
 tags: [msmoe, mixture-of-experts, model-compression]
 ---
 
-# Compressed Mixture-of-Experts checkpoint
+# {"Compressed" if plan else "Fine-tuned"} Mixture-of-Experts checkpoint
 
-Made from a `{source.model_type}` checkpoint (fingerprint `{source.fingerprint}`) by msmoe {version("msmoe")}
-with method `{plan.method}`, export `{layout.kind}`: {source.num_parameters:,} -> {layout.num_parameters:,} parameters,
-{source.num_bytes:,} -> {layout.num_bytes:,} bytes of weights.
+Made from a `{source["model_type"]}` checkpoint (fingerprint `{source["fingerprint"]}`) by msmoe {version("msmoe")}
+{f"with method `{plan.method}`, " if plan else "with "}export `{kind}`: {counts["source"]:,} -> {counts["written"]:,}
+parameters, {size["source"]:,} -> {size["written"]:,} bytes of weights.
 
 ```python
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 model = {load}
 tokenizer = AutoTokenizer.from_pretrained(path{trust})
 ```
+{plan_section(plan)}{factor_section(provenance)}{recovery_section(provenance)}"""
 
+
+def plan_section(plan: Plan | None) -> str:
+    if plan is None:
+        return ""
+    rows = "\n".join(f"| `{name}` | {layer.num_experts} | {len(layer.groups)} |" for name, layer in plan.layers.items())
+    return f"""
 | layer | experts before | after |
 |---|---|---|
 {rows}
 
 `plan.json` says which experts became one and with which weights, `msmoe.json` how it was done.
+"""
+
+
+def factor_section(provenance: dict) -> str:
+    """What was factorised, one row per layer and matrix."""
+    if "factors" not in provenance:
+        return ""
+    rows = {}
+    for m in provenance["factors"]["matrices"]:
+        shape = "dense" if m["rank"] is None else f"rank {m['rank']}, {m['num_rows']} rows"
+        rows[m["layer"], m["matrix"]] = f"| `{m['layer']}` | {m['matrix']} | {shape} |"
+    table = "\n".join(rows.values())
+    return f"""
+The matrices of the experts are low rank plus a few rows, W = U V + S:
+
+| layer | matrix | stored as |
+|---|---|---|
+{table}
+"""
+
+
+def recovery_section(provenance: dict) -> str:
+    """How the checkpoint was fine-tuned."""
+    if "recovery" not in provenance:
+        return ""
+    recovery = provenance["recovery"]
+    teacher = f"distilled from `{recovery['teacher']}`" if recovery["teacher"] else "fine-tuned on targets alone"
+    return f"""
+Weights ({recovery["train"]}) {teacher}: {recovery["steps"]} steps, the best on validation data being step
+{recovery["best_step"]}.
 """

@@ -13,6 +13,7 @@ from msmoe.calibration.stats import Stats, with_gradients
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
 from msmoe.families import Family, family_of
+from msmoe.registration import register
 
 Progress = Callable[[int, int], None]  # (records done, records in all)
 
@@ -147,6 +148,7 @@ def load_tokenizer(path: Path):
         return None
     from transformers import AutoTokenizer
 
+    register()  # a compressed checkpoint's configuration is then known without its own code
     return AutoTokenizer.from_pretrained(path)
 
 

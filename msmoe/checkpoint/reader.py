@@ -170,15 +170,15 @@ class Checkpoint:
         except KeyError:
             raise UserError(f"{self.path} has no tensor {name}") from None
 
-    def read(self, name: str) -> Tensor:
-        """Load one tensor in its stored dtype."""
+    def read(self, name: str, *, index: int | None = None) -> Tensor:
+        """Load one tensor, or the slice `index` of its leading axis, in its stored dtype."""
         spec = self.spec(name)
-        tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+        tensor = torch.empty(spec.shape if index is None else spec.shape[1:], dtype=DTYPES[spec.dtype])
         if tensor.numel():
             location = self._entries[name][1]
             buffer = tensor.view(-1).view(torch.uint8).numpy().data
             with location.file.open("rb", buffering=0) as stream:
-                stream.seek(location.start)
+                stream.seek(location.start + (index or 0) * len(buffer))
                 while buffer:
                     count = stream.readinto(buffer)
                     if not count:
@@ -186,13 +186,13 @@ class Checkpoint:
                     buffer = buffer[count:]
         return tensor
 
-    def read_finite(self, name: str) -> Tensor:
-        """Load one tensor as float32.
+    def read_finite(self, name: str, *, index: int | None = None) -> Tensor:
+        """Load one tensor, or the slice `index` of its leading axis, as float32.
 
         Raises:
             UserError: if it holds NaN or infinite values; the message names the tensor.
         """
-        tensor = self.read(name).float()
+        tensor = self.read(name, index=index).float()
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise UserError(f"tensor {name} of {self.path} holds NaN or infinite values")
         return tensor

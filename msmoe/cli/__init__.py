@@ -7,7 +7,9 @@ import click
 
 from msmoe.errors import UserError
 
-COMMANDS = ("inspect", "profile", "plan", "apply", "compress", "evaluate", "methods", "demo")
+COMMANDS = (
+    "inspect", "profile", "plan", "apply", "factorize", "recover", "compress", "evaluate", "methods", "demo",
+)  # fmt: skip
 
 
 class LazyGroup(click.Group):

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from msmoe.cli.console import console, human_bytes, print_json, progress, table
+from msmoe.cli.factorize import rank_table
 from msmoe.cli.options import APPLY_OPTIONS, add_options, checkpoint_argument, json_option, parse_size
 
 
@@ -51,6 +52,7 @@ def print_report(report, *, as_json: bool) -> None:
                 "bytes": report.num_bytes,
                 "groups": report.groups,
                 "drop_rates": report.drop_rates,
+                "factors": report.factors and report.factors.matrices,
                 "routers": {
                     n: {"agreement": r.agreement, "gate_error": r.gate_error} for n, r in report.routers.items()
                 },
@@ -81,5 +83,7 @@ def print_report(report, *, as_json: bool) -> None:
             f"{router.agreement:.1%}" if router else "-",
         )
     out.print(rows)
+    if report.factors:
+        out.print(rank_table(report.factors.matrices))
     size = f"{report.num_bytes:,} bytes ({human_bytes(report.num_bytes)})"
     out.print(f"wrote {report.out}: {report.num_parameters:,} parameters, {size}")

@@ -8,6 +8,7 @@ from msmoe.cli.apply import print_report
 from msmoe.cli.console import console, progress, usage_table
 from msmoe.cli.options import (
     APPLY_OPTIONS,
+    FACTOR_OPTIONS,
     PLAN_OPTIONS,
     PROFILE_OPTIONS,
     add_options,
@@ -28,6 +29,7 @@ from msmoe.cli.profile import warn_unused
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to write.")
 @click.option("--method", default="m-smoe-refit", show_default=True, help="A row of `msmoe methods`.")
 @add_options(PLAN_OPTIONS)
+@add_options(FACTOR_OPTIONS)
 @add_options(PROFILE_OPTIONS)
 @add_options(APPLY_OPTIONS)
 @click.option("--dry-run", is_flag=True, help="Profile, print the plan and its predicted size, write nothing.")

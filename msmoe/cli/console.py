@@ -22,7 +22,7 @@ def console() -> Console:
 
 @contextlib.contextmanager
 def progress(label: str) -> Iterator[Callable[..., None]]:
-    """Progress bar on stderr, off when stderr is no terminal; yields `update(done, total)`."""
+    """Progress bar on stderr, off when stderr is no terminal; yields `update(done, total, note="")`."""
     silence_transformers()
     bar = Progress(
         TextColumn("{task.description}"),
@@ -36,7 +36,11 @@ def progress(label: str) -> Iterator[Callable[..., None]]:
     )
     with bar:
         task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def update(done: int, total: int, note: str = "") -> None:
+            bar.update(task, completed=done, total=total, description=f"{label}  {note}" if note else label)
+
+        yield update
 
 
 def silence_transformers() -> None:

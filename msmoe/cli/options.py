@@ -75,6 +75,27 @@ PLAN_OPTIONS = (
         "data at apply); default: the method's.",
     ),
 )
+FACTOR_OPTIONS = (
+    click.option("--rank", type=int, help="Rank of every factorised matrix; default 32."),
+    click.option(
+        "--keep-rows", type=float, help="Share of the output rows whose remainder is stored exactly; default 0.10."
+    ),
+    click.option("--energy", type=float, help="In place of --rank: share of the singular-value energy to hold."),
+    click.option(
+        "--target-bytes",
+        type=int,
+        help="In place of --rank: bytes of all weights of the output, spent on ranks and rows where they lower the "
+        "output error most.",
+    ),
+    click.option("--target-ratio", type=float, help="The same, as a share of the bytes of the input checkpoint."),
+    click.option(
+        "--svd",
+        help="activation: weigh errors by what the experts saw (default with statistics); plain: as published.",
+    ),
+    click.option(
+        "--row-score", help="Rows kept: by output error (activation, default) or by size of the remainder (magnitude)."
+    ),
+)
 APPLY_OPTIONS = (
     click.option(
         "--export",
@@ -106,11 +127,14 @@ def add_options(options: tuple[Callable, ...]) -> Callable:
     return decorate
 
 
+FACTOR_NAMES = ("rank", "keep_rows", "energy", "target_bytes", "target_ratio", "svd", "row_score")
+
+
 def choices_of(arguments: dict) -> dict:
     """The plan options among a command's arguments, ready for `msmoe.plan`."""
     names = (
         "experts", "budget", "similarity", "metric", "grouping", "group_capacity", "weighting", "align", "align_to",
-        "canonical", "refit",
+        "canonical", "refit", *FACTOR_NAMES,
     )  # fmt: skip
     return {name: arguments[name] for name in names} | {"keep_layers": list(arguments["keep_layers"]) or None}
 

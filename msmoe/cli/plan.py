@@ -6,6 +6,7 @@ import click
 
 from msmoe.cli.console import console, human_bytes, progress, table
 from msmoe.cli.options import (
+    FACTOR_OPTIONS,
     PLAN_OPTIONS,
     add_options,
     checkpoint_argument,
@@ -24,6 +25,7 @@ from msmoe.cli.options import (
 @click.option("--method", default="m-smoe-refit", show_default=True, help="A row of `msmoe methods`.")
 @click.option("--out", type=click.Path(path_type=Path), help="Plan file to write; not needed with --dry-run.")
 @add_options(PLAN_OPTIONS)
+@add_options(FACTOR_OPTIONS)
 @click.option("--export", default="exact", show_default=True, help="Export for which size is predicted.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and its predicted size, write nothing.")
 @seed_option
@@ -63,5 +65,8 @@ def print_plan(plan) -> None:
     for name, layer in plan.layers.items():
         rows.add_row(name, str(layer.num_experts), str(len(layer.groups)), "  ".join(map(str, layer.groups)))
     out.print(rows)
+    if not plan.predicted:
+        out.print("predicted: known once the merged experts are decomposed, at most the target where one is given")
+        return
     parameters, size = plan.predicted["num_parameters"], plan.predicted["bytes"]
     out.print(f"predicted: {parameters:,} parameters, {size:,} bytes ({human_bytes(size)})")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from msmoe.checkpoint import Checkpoint
+from msmoe.factorize.shapes import FactorShape
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class MoELayer:
     d_model: int
     d_ff: int
     dtype: str  # safetensors name of the experts' dtype
+
+    def shape(self, matrix: str) -> tuple[int, int]:
+        """Outputs and inputs of `wi` or `wo`."""
+        return (self.d_ff, self.d_model) if matrix == "wi" else (self.d_model, self.d_ff)
 
 
 class Expert(NamedTuple):
@@ -48,6 +53,15 @@ class ExpertKeys(NamedTuple):
 
     wi: str
     wo: str
+
+
+class FactorKeys(NamedTuple):
+    """Names of the four tensors of a layer's factorised matrices."""
+
+    u: str
+    v: str
+    s: str
+    rows: str
 
 
 class Routing(NamedTuple):
@@ -97,6 +111,10 @@ class Family(Protocol):
         """Tensor names of a layer's experts in the `exact` export: wi (G, F, D), wo (G, D, F)."""
         ...
 
+    def factor_keys(self, layer: str, matrix: str) -> FactorKeys:
+        """Tensor names that take the place of the stacked `matrix`, `wi` or `wo`, once it is factorised."""
+        ...
+
     def expert_map_key(self, layer: str) -> str:
         """Tensor name of the map from experts to stored groups (E,) in the `exact` export."""
         ...
@@ -109,8 +127,15 @@ class Family(Protocol):
         """Name of any other tensor in the `dense` export."""
         ...
 
-    def exact_config(self, config: dict, num_groups: dict[str, int]) -> dict:
-        """`config.json` of the `exact` export; `num_groups` of every MoE layer."""
+    def exact_config(
+        self, config: dict, num_groups: dict[str, int], factors: dict[str, dict[str, FactorShape]]
+    ) -> dict:
+        """`config.json` of the `exact` export.
+
+        Args:
+            num_groups: of every MoE layer.
+            factors: layer -> `wi`, `wo` -> shape of the factors, for every factorised matrix.
+        """
         ...
 
     def native_config(self, config: dict, num_groups: int) -> dict:
@@ -143,6 +168,31 @@ class Family(Protocol):
     def routing(self, inputs: tuple, outputs: tuple) -> Routing:
         """Read a router's forward hook."""
         ...
+
+
+MATRICES = ExpertKeys._fields  # wi, wo
+
+
+def load_stored_expert(family: Family, checkpoint: Checkpoint, layer: str, index: int) -> Expert:
+    """The expert stored at `index` of a layer, float32; factors are multiplied out.
+
+    Args:
+        checkpoint: an original, `native` or `exact` checkpoint.
+
+    Raises:
+        UserError: for NaN and infinite values, naming the tensor.
+    """
+    if checkpoint.model_type != family.compressed_model_type:
+        return load_expert(family, checkpoint, layer, index)
+    matrices = []
+    for matrix, key in zip(MATRICES, family.stacked_keys(layer), strict=True):
+        if key in checkpoint:
+            matrices.append(checkpoint.read_finite(key, index=index))
+            continue
+        *factors, rows = family.factor_keys(layer, matrix)
+        u, v, s = (checkpoint.read_finite(name, index=index) for name in factors)
+        matrices.append((u @ v).index_add(0, checkpoint.read(rows, index=index).long(), s))
+    return Expert(*matrices)
 
 
 def load_expert(family: Family, checkpoint: Checkpoint, layer: str, expert: int) -> Expert:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
-from msmoe.families.base import ExpertKeys, MoELayer, Routing
+from msmoe.factorize.shapes import FactorShape
+from msmoe.families.base import ExpertKeys, FactorKeys, MoELayer, Routing
 
 ROUTER_SUFFIX = "mlp.router.classifier.weight"
 ROUTER_PATTERN = re.compile(rf"((encoder|decoder)\.block\.(\d+)\.layer\.\d+\.mlp){re.escape(ROUTER_SUFFIX[3:])}")
@@ -62,11 +63,14 @@ class SwitchFamily:
         stored = []
         for match in self._routers(checkpoint):
             num_experts, d_model = checkpoint.spec(match[0]).shape
-            wi = checkpoint.spec(self.stacked_keys(match[1]).wi)
+            dense, factors = self.stacked_keys(match[1]).wi, self.factor_keys(match[1], "wi")
+            wi = checkpoint.spec(factors.u if factors.u in checkpoint else dense)
             stored.append((MoELayer(match[1], num_experts, d_model, wi.shape[1], wi.dtype), wi.shape[0]))
         return tuple(stored)
 
     def part(self, name: str) -> str:
+        if name.endswith(".rows"):
+            return "row indices"
         if ".experts." in name:
             return "experts"
         if name.endswith(".expert_map"):
@@ -95,6 +99,9 @@ class SwitchFamily:
     def stacked_keys(self, layer: str) -> ExpertKeys:
         return ExpertKeys(f"{layer}.experts.wi", f"{layer}.experts.wo")
 
+    def factor_keys(self, layer: str, matrix: str) -> FactorKeys:
+        return FactorKeys(*(f"{layer}.experts.{matrix}.{part}" for part in ("U", "V", "S", "rows")))
+
     def expert_map_key(self, layer: str) -> str:
         return f"{layer}.expert_map"
 
@@ -105,7 +112,12 @@ class SwitchFamily:
     def dense_name(self, name: str) -> str:
         return name.replace(".mlp.wi.", ".DenseReluDense.wi.").replace(".mlp.wo.", ".DenseReluDense.wo.")
 
-    def exact_config(self, config: dict, num_groups: dict[str, int]) -> dict:
+    def exact_config(
+        self, config: dict, num_groups: dict[str, int], factors: dict[str, dict[str, FactorShape]]
+    ) -> dict:
+        shapes = {
+            layer: {matrix: list(shape) for matrix, shape in matrices.items()} for layer, matrices in factors.items()
+        }
         return config | {
             "model_type": self.compressed_model_type,
             "architectures": ["MsmoeSwitchForConditionalGeneration"],
@@ -114,6 +126,7 @@ class SwitchFamily:
                 "AutoModelForSeq2SeqLM": "modeling_msmoe.MsmoeSwitchForConditionalGeneration",
             },
             "moe_layers": num_groups,
+            **({"factors": shapes} if shapes else {}),
         }
 
     def native_config(self, config: dict, num_groups: int) -> dict:
@@ -144,9 +157,12 @@ class SwitchFamily:
         return folder / "configuration_msmoe.py", folder / "modeling_msmoe.py"
 
     def load_model(self, path: Path, *, dtype: torch.dtype) -> Any:
-        from transformers import SwitchTransformersForConditionalGeneration
+        from transformers import AutoModelForSeq2SeqLM
 
-        model = SwitchTransformersForConditionalGeneration.from_pretrained(
+        from msmoe.registration import register
+
+        register()
+        model = AutoModelForSeq2SeqLM.from_pretrained(
             path, dtype=dtype, attn_implementation="eager", use_safetensors=True
         )
         return model.eval()

@@ -1,8 +1,11 @@
 """Switch Transformer with merged experts: E router rows, G <= E stored experts, and a map between them.
 
+The matrices of an MoE layer's experts are dense, or low rank plus a few rows.
+
 Self-contained: this file and the configuration travel with the checkpoint and need torch and transformers only.
 
-Shapes: B batch, S sequence, T tokens, E router rows, G groups, D d_model, F d_ff.
+Shapes: B batch, S sequence, T tokens, E router rows, G groups, D d_model, F d_ff, R rank, K kept rows,
+O outputs and I inputs of a matrix.
 """
 
 import copy
@@ -15,25 +18,60 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 from .configuration_msmoe import MsmoeSwitchConfig
 
 
-class GroupedExperts(nn.Module):
-    """G feed-forward experts as two stacked tensors: wi (G, F, D), wo (G, D, F)."""
+class FactorizedWeight(nn.Module):
+    """G matrices (O, I) as low rank plus kept rows: U (G, O, R), V (G, R, I), S (G, K, I) with row indices (G, K)."""
 
-    def __init__(self, config: MsmoeSwitchConfig, num_groups: int):
+    rows: torch.Tensor  # (G, K) int32
+
+    def __init__(self, num_groups: int, num_outputs: int, num_inputs: int, rank: int, num_rows: int, std: float):
         super().__init__()
-        self.wi = nn.Parameter(torch.empty(num_groups, config.d_ff, config.d_model))
-        self.wo = nn.Parameter(torch.empty(num_groups, config.d_model, config.d_ff))
+        self.U = nn.Parameter(torch.empty(num_groups, num_outputs, rank))
+        self.V = nn.Parameter(torch.empty(num_groups, rank, num_inputs))
+        self.S = nn.Parameter(torch.empty(num_groups, num_rows, num_inputs))
+        self.register_buffer("rows", torch.arange(num_rows, dtype=torch.int32).repeat(num_groups, 1))
+        for part in (self.U, self.V, self.S):
+            nn.init.normal_(part, std=std)
+
+    def linear(self, hidden_states: torch.Tensor, group: int) -> torch.Tensor:
+        """Multiply tokens (T, I) by the transpose of one matrix: two thin products, and the kept rows added."""
+        columns = hidden_states.mT  # a row of the result is contiguous this way round
+        outputs = self.U[group] @ (self.V[group] @ columns)
+        if self.S.shape[1]:
+            outputs = outputs.index_add(0, self.rows[group], self.S[group] @ columns)
+        return outputs.mT
+
+
+class GroupedExperts(nn.Module):
+    """G feed-forward experts as stacked tensors wi (G, F, D) and wo (G, D, F), either of them possibly factorised."""
+
+    def __init__(self, config: MsmoeSwitchConfig, num_groups: int, factors: dict | None = None):
+        super().__init__()
+        for name, num_outputs, num_inputs in (("wi", config.d_ff, config.d_model), ("wo", config.d_model, config.d_ff)):
+            std = config.initializer_factor * num_inputs**-0.5
+            if factors and name in factors:
+                rank, num_rows = factors[name]
+                setattr(self, name, FactorizedWeight(num_groups, num_outputs, num_inputs, rank, num_rows, std))
+            else:
+                setattr(self, name, nn.Parameter(torch.empty(num_groups, num_outputs, num_inputs)))
+                nn.init.normal_(getattr(self, name), std=std)
         self.dropout = nn.Dropout(config.dropout_rate)
-        nn.init.normal_(self.wi, std=config.initializer_factor * config.d_model**-0.5)
-        nn.init.normal_(self.wo, std=config.initializer_factor * config.d_ff**-0.5)
 
     def forward(self, hidden_states: torch.Tensor, group_sizes: list[int]) -> torch.Tensor:
         """Apply expert g to the next `group_sizes[g]` rows of `hidden_states` (T, D)."""
         outputs = [
-            nn.functional.linear(self.dropout(nn.functional.linear(rows, self.wi[g]).relu()), self.wo[g])
+            grouped_linear(self.wo, self.dropout(grouped_linear(self.wi, rows, g).relu()), g)
             for g, rows in enumerate(hidden_states.split(group_sizes))
             if len(rows)
         ]
         return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
+
+
+def grouped_linear(weight: torch.Tensor | nn.Module, hidden_states: torch.Tensor, group: int) -> torch.Tensor:
+    """Tokens (T, I) times the transpose of matrix `group` of a stack."""
+    if isinstance(weight, FactorizedWeight):
+        return weight.linear(hidden_states, group)
+    assert isinstance(weight, torch.Tensor)
+    return nn.functional.linear(hidden_states, weight[group])
 
 
 class GroupedSparseMLP(nn.Module):
@@ -45,15 +83,16 @@ class GroupedSparseMLP(nn.Module):
 
     expert_map: torch.Tensor  # (E,) int64
 
-    def __init__(self, config: MsmoeSwitchConfig, num_groups: int):
+    def __init__(self, config: MsmoeSwitchConfig, num_groups: int, factors: dict | None = None):
         super().__init__()
         self.router = SwitchTransformersTop1Router(config)
-        self.experts = GroupedExperts(config, num_groups)
+        self.experts = GroupedExperts(config, num_groups, factors)
+        self.num_groups = num_groups
         self.register_buffer("expert_map", torch.arange(config.num_experts) % num_groups)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dispatch, gate, _ = self.router(hidden_states)
-        num_groups = len(self.experts.wi)
+        num_groups = self.num_groups
         flat, gate = hidden_states.reshape(-1, hidden_states.shape[-1]), gate.reshape(-1, 1)
         group = torch.where(dispatch.any(-1), self.expert_map[dispatch.argmax(-1)], num_groups).flatten()
         *sizes, num_dropped = torch.bincount(group, minlength=num_groups + 1).tolist()
@@ -79,4 +118,4 @@ class MsmoeSwitchForConditionalGeneration(SwitchTransformersForConditionalGenera
         self.encoder.config.num_experts = self.decoder.config.num_experts = config.num_experts
         for name, num_groups in (config.moe_layers or {}).items():
             block_layer = self.get_submodule(name.rpartition(".")[0])
-            block_layer.mlp = GroupedSparseMLP(config, num_groups)
+            block_layer.mlp = GroupedSparseMLP(config, num_groups, (config.factors or {}).get(name))

@@ -1,0 +1,125 @@
+"""Ranks and numbers of kept rows of every matrix: fixed, by energy, or the best that a budget of bytes buys."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from msmoe.checkpoint import Checkpoint, to_dtype
+from msmoe.checkpoint.writer import explain_os_errors
+from msmoe.errors import UserError
+from msmoe.factorize.allocate import Option, allocate, curve
+from msmoe.factorize.decompose import Decomposition
+from msmoe.factorize.layer import FactorSources, decompose_layer
+from msmoe.factorize.layout import factor_layout
+from msmoe.factorize.options import FactorOptions
+from msmoe.factorize.shapes import FactorShape, LayerFactors, largest_rank
+from msmoe.families.base import MATRICES, MoELayer
+from msmoe.parallel import in_order
+
+
+def fixed_shapes(options: FactorOptions, layers: Sequence[tuple[MoELayer, int]]) -> dict[str, LayerFactors]:
+    """Shapes of a fixed rank; a matrix whose factors would not be smaller is left out."""
+    assert options.rank is not None
+    shapes: dict[str, LayerFactors] = {}
+    for layer, _ in layers:
+        shapes[layer.name] = {}
+        for matrix in MATRICES:
+            num_outputs, num_inputs = layer.shape(matrix)
+            shape = FactorShape(options.rank, round(options.keep_rows * num_outputs))
+            if shape.saves(num_outputs, num_inputs, to_dtype(layer.dtype).itemsize):
+                shapes[layer.name][matrix] = shape
+    return shapes
+
+
+def choose_shapes(
+    sources: FactorSources,
+    layers: Sequence[tuple[MoELayer, int]],
+    scratch: Path,
+    *,
+    workers: int,
+    resume: bool,
+) -> tuple[dict[str, LayerFactors], float | None]:
+    """Shapes of every matrix, and the summed output error that a budget expects."""
+    options = sources.options
+    if options.rank is not None:
+        return fixed_shapes(options, layers), None
+    budget, others = None, 0
+    if options.is_budget:
+        family, source = sources.family, sources.checkpoint
+        layout = factor_layout("exact", family, source, family.stored_layers(source), {})
+        others = layout.num_bytes - expert_bytes(layers)
+        budget = check_budget(options, layers, others=others, source=source)
+    if not resume:
+        shutil.rmtree(scratch, ignore_errors=True)
+    with explain_os_errors(scratch):
+        scratch.mkdir(parents=True, exist_ok=True)
+    curves: dict[tuple[str, str], list[Option]] = {}
+    shapes: dict[str, LayerFactors] = {layer.name: {} for layer, _ in layers}
+    stacked = in_order(lambda job: decompose_layer(sources, job[0], job[1], scratch), list(layers), workers)
+    for (layer, _), stacks in zip(layers, stacked, strict=True):
+        for matrix, decomposition in stacks.items():
+            num_outputs, num_inputs = layer.shape(matrix)
+            itemsize = to_dtype(layer.dtype).itemsize
+            max_rank = largest_rank(num_outputs, num_inputs, itemsize)
+            if budget is not None:
+                curves[layer.name, matrix] = curve(decomposition, num_inputs, itemsize=itemsize, max_rank=max_rank)
+                continue
+            rank = energy_rank(decomposition, options.energy or 1.0)
+            shape = FactorShape(rank, round(options.keep_rows * num_outputs))
+            if rank <= max_rank and shape.saves(num_outputs, num_inputs, itemsize):
+                shapes[layer.name][matrix] = shape
+    if budget is None:
+        return shapes, None
+    picked = allocate(list(curves.values()), budget - others)
+    for (name, matrix), option in zip(curves, picked, strict=True):
+        if option.shape is not None:
+            shapes[name][matrix] = option.shape
+    return shapes, sum(option.error for option in picked)
+
+
+def energy_rank(decomposition: Decomposition, energy: float) -> int:
+    """Smallest rank that holds a share of the energy of all experts of a stack together."""
+    held = decomposition.energy.sum(0).cumsum(0)
+    return min(int((held < energy * decomposition.row_energy.sum() * (1 - 1e-9)).sum()) + 1, len(held))
+
+
+def expert_bytes(layers: Sequence[tuple[MoELayer, int]]) -> int:
+    """Bytes of the stored experts of some layers, dense."""
+    return sum(2 * count * layer.d_model * layer.d_ff * to_dtype(layer.dtype).itemsize for layer, count in layers)
+
+
+def check_budget(
+    options: FactorOptions, layers: Sequence[tuple[MoELayer, int]], *, others: int, source: Checkpoint
+) -> int:
+    """The budget in bytes.
+
+    Args:
+        layers: those to be factorised, with their numbers of stored experts.
+        others: bytes of everything else in the output.
+        source: what a ratio is of.
+
+    Raises:
+        UserError: if it is below the smallest model, rank 1 without kept rows everywhere.
+    """
+    budget, smallest = options.budget(source.num_bytes), others
+    for layer, count in layers:
+        itemsize = to_dtype(layer.dtype).itemsize
+        for matrix in MATRICES:
+            dense = layer.d_model * layer.d_ff * itemsize
+            smallest += count * min(FactorShape(1, 0).num_bytes(*layer.shape(matrix), itemsize), dense)
+    if budget < smallest:
+        raise UserError(
+            f"the budget of {budget:,} bytes is below the smallest possible model: {smallest:,} bytes "
+            f"({smallest / source.num_bytes:.3f} of {source.path})"
+        )
+    return budget
+
+
+def check_rank(options: FactorOptions, layers: Sequence[tuple[MoELayer, int]]) -> None:
+    """Raise `UserError` for a rank that exceeds a matrix."""
+    for layer, _ in layers:
+        if options.rank is not None and options.rank > min(layer.d_model, layer.d_ff):
+            raise UserError(
+                f"--rank must be between 1 and {min(layer.d_model, layer.d_ff)}: the experts of {layer.name} are "
+                f"{layer.d_ff} x {layer.d_model}; got {options.rank}"
+            )

@@ -1,0 +1,64 @@
+"""What a factorised matrix cost: ranks and errors.
+
+Shapes: O outputs, I inputs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import ArpackError, svds
+from torch import Tensor
+
+TOLERANCE: Any = 1e-4  # of the eigenvalue iteration; the type stubs of scipy take integers only
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """One matrix of one stored expert.
+
+    Attributes:
+        layer, expert, matrix: which; `matrix` is `wi` or `wo`.
+        rank, num_rows: as stored; None for a matrix that stayed dense.
+        stable_rank: |W|_F^2 / |W|_2^2 of the matrix before it was factorised.
+        energy: share of the squared singular values, as they were weighted, that the rank holds.
+        weight_error: |W - W'|_F / |W|_F; after a refit of `wo` it contains the refit's change.
+        output_error: |y - y'|^2 / |y|^2 on the calibration tokens, of hidden activations for `wi`, of the whole
+            expert, weighted by its gate, for `wo`; None without tokens.
+        refit: how `wo` was solved again, see `msmoe.merge.Refit`; None where it was not.
+        stable_rank_before: mean over the experts that were merged into this one; None if not asked for.
+    """
+
+    layer: str
+    expert: int
+    matrix: str
+    rank: int | None
+    num_rows: int | None
+    stable_rank: float
+    energy: float
+    weight_error: float
+    output_error: float | None
+    refit: dict | None = None
+    stable_rank_before: float | None = None
+
+
+def stable_rank(weight: Tensor) -> float:
+    """|W|_F^2 / |W|_2^2 of a matrix (O, I), between 1 and its rank; 0 for a matrix of zeros."""
+    total = float(weight.double().square().sum())
+    if total == 0:
+        return 0.0
+    return total / spectral_norm(weight) ** 2
+
+
+def spectral_norm(weight: Tensor) -> float:
+    """Largest singular value of a matrix (O, I), to about six digits."""
+    smaller = min(weight.shape)
+    if smaller > 64:
+        start = np.random.default_rng(0).standard_normal(smaller)
+        try:
+            values = svds(weight.float().numpy(), k=1, v0=start, tol=TOLERANCE, return_singular_vectors=False)
+            return float(np.asarray(values)[0])
+        except ArpackError:
+            pass  # no convergence: decompose it
+    return float(torch.linalg.matrix_norm(weight.double(), 2))

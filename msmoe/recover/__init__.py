@@ -1,0 +1,1 @@
+"""Fine-tuning and distillation that recover what compression lost."""
