@@ -177,6 +177,7 @@ def plan(
     layers = family.layers(source)
     kept = resolve_kept_layers(family, layers, keep_layers)
     compressible = [layer for layer in layers if layer.name not in kept]
+    parameters = with_rank_that_fits(parameters, choices, compressible)
     counts = check_counts(
         compressible, [stats.layers[n.name].usage_frequency.numpy() for n in compressible], parameters
     )
@@ -212,8 +213,13 @@ def check_request(
     layers = family.layers(checkpoint)
     kept = resolve_kept_layers(family, layers, keep_layers)
     compressible = [layer for layer in layers if layer.name not in kept]
+    parameters = with_rank_that_fits(parameters, choices, compressible)
     flat = [np.full(layer.num_experts, 1 / layer.num_experts) for layer in compressible]
     counts = check_counts(compressible, flat, parameters)
+    if parameters.factors is not None:
+        check_rank(parameters.factors, list(zip(compressible, counts, strict=True)))
+        if export == "dense" or (export == "native" and parameters.factors.is_budget):
+            raise UserError(f"--export {export} cannot store factors: choose exact, or native with --rank or --energy")
     if export != "exact" and (kept or parameters.budget != "uniform") and set(counts) != {1}:
         raise UserError(f"--export {export} needs --budget uniform --keep-layer none")
 
@@ -223,7 +229,7 @@ def predict(family: Family, checkpoint: Checkpoint, plan: Plan, *, export: str) 
     options, factors = factor_options(plan.parameters), None
     if options is not None:
         if export == "dense":
-            raise UserError("--export dense cannot be combined with factors; choose exact or native")
+            raise UserError("--export dense cannot store factors: choose exact, or native with --rank or --energy")
         layers = [(n, len(plan.layers[n.name].groups)) for n in family.layers(checkpoint) if n.name in plan.layers]
         check_rank(options, layers)
         if options.is_budget:
@@ -264,6 +270,13 @@ def resolve(method: str, choices: dict) -> Parameters:
     if parameters.group_capacity is not None and parameters.grouping != "dominant":
         raise UserError(f"--group-capacity has no effect with --grouping {parameters.grouping}")
     return parameters
+
+
+def with_rank_that_fits(parameters: Parameters, choices: dict, layers: list[MoELayer]) -> Parameters:
+    """A method's own rank, where the user gave none, cut to the size of the matrices."""
+    if parameters.rank is None or choices.get("rank") is not None or not layers:
+        return parameters
+    return replace(parameters, rank=min(parameters.rank, *(min(n.d_model, n.d_ff) for n in layers)))
 
 
 def check_parameters(parameters: dict) -> None:

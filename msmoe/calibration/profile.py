@@ -12,7 +12,7 @@ from msmoe.calibration.records import TokenRecord, choose_records, digest_record
 from msmoe.calibration.stats import Stats, with_gradients
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
-from msmoe.families import Family, family_of
+from msmoe.families import Family, family_of, inspectable_family_of
 from msmoe.registration import register
 
 Progress = Callable[[int, int], None]  # (records done, records in all)
@@ -38,7 +38,7 @@ def profile(
     size or the order of the records, but for logits that tie to float32 rounding.
 
     Args:
-        checkpoint: checkpoint folder.
+        checkpoint: checkpoint folder, original or compressed.
         data: JSON Lines file (see the README), or the name of a `datasets` data set.
         samples: records used, a seeded choice if the file has more.
         batch_size: records per forward pass.
@@ -52,7 +52,12 @@ def profile(
         UserError: for a checkpoint or data that cannot be used.
     """
     source = Checkpoint(checkpoint)
-    family = family_of(source)
+    family = inspectable_family_of(source)
+    stored = [layer for layer, _ in family.stored_layers(source)]
+    if not stored:
+        family_of(source)  # says why not
+    if gradients and source.model_type == family.compressed_model_type:
+        raise UserError(f"--gradients needs an original checkpoint; {source.path} is compressed")
     if samples < 1 or batch_size < 1 or token_sample < 1:
         raise UserError(
             f"samples, batch size and token sample must be at least 1, got {samples}, {batch_size}, {token_sample}"
@@ -82,7 +87,7 @@ def profile(
             done += len(chosen)
             if progress:
                 progress(done, len(records))
-    layers = {layer.name: recorder.layers[layer.name].stats() for layer in family.layers(source)}
+    layers = {layer.name: recorder.layers[layer.name].stats() for layer in stored}
     if gradients:
         batches = [
             collate([records[i] for i in chosen], pad_id=pad_id) for chosen in batch_indices(records, batch_size)

@@ -4,24 +4,42 @@ from pathlib import Path
 
 import click
 
-from msmoe.cli.console import console, human_bytes, print_json, table
+from msmoe.cli.console import console, human_bytes, print_json, progress, table
+from msmoe.cli.factorize import rank_table
 from msmoe.cli.options import checkpoint_argument, json_option
 
 
 @click.command("inspect")
 @checkpoint_argument
+@click.option(
+    "--ranks", is_flag=True, help="Also stable rank, energy and errors of every expert matrix; reads the weights."
+)
+@click.option("--rank", type=int, help="Rank whose energy and errors --ranks shows; default 32, or as stored.")
+@click.option("--stats", type=click.Path(path_type=Path), help="Statistics: --ranks then shows output errors.")
+@click.option("--original", type=click.Path(path_type=Path), help="Checkpoint before merging, for its stable ranks.")
 @json_option
-def command(checkpoint: Path, as_json: bool) -> None:
-    """Show architecture, MoE layers, experts, parameters and bytes. Reads headers only.
+def command(
+    checkpoint: Path, ranks: bool, rank: int | None, stats: Path | None, original: Path | None, as_json: bool
+) -> None:
+    """Show architecture, MoE layers, experts, parameters and bytes. Reads headers only, but for --ranks.
 
     \b
     Example: msmoe inspect switch-base-8
     """
+    from msmoe.errors import UserError
     from msmoe.inspect import inspect
 
+    if not ranks and (rank is not None or stats or original):
+        raise UserError("--rank, --stats and --original have no effect without --ranks")
     summary = inspect(checkpoint)
+    matrices = None
+    if ranks:
+        from msmoe.factorize.run import measure_ranks
+
+        with progress("measuring ranks") as update:
+            matrices = measure_ranks(checkpoint, stats=stats, rank=rank, original=original, progress=update)
     if as_json:
-        print_json(summary.to_dict())
+        print_json(summary.to_dict() | ({"ranks": matrices} if matrices else {}))
         return
     out = console()
     out.print(
@@ -40,3 +58,6 @@ def command(checkpoint: Path, as_json: bool) -> None:
         )  # fmt: skip
     out.print()
     out.print(layers)
+    if matrices:
+        out.print()
+        out.print(rank_table(matrices))

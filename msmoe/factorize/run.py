@@ -24,8 +24,8 @@ from msmoe.factorize.choose import check_rank, choose_shapes
 from msmoe.factorize.layer import FactorSources, factorize_layer
 from msmoe.factorize.layout import expert_slots, factor_layout
 from msmoe.factorize.measures import stable_rank
-from msmoe.factorize.options import FactorOptions
-from msmoe.factorize.shapes import LayerFactors
+from msmoe.factorize.options import DEFAULT_RANK, SIZES, FactorOptions
+from msmoe.factorize.shapes import FactorShape, LayerFactors
 from msmoe.families import Family, MoELayer, inspectable_family_of
 from msmoe.families.base import MATRICES
 from msmoe.parallel import Progress, in_order
@@ -90,6 +90,8 @@ def factorize(
     family = inspectable_family_of(source)
     stored = family.stored_layers(source)
     chosen = check_request(family, source, keep_layers=keep_layers, export=export)
+    if all(options.get(name) is None for name in SIZES):
+        options["rank"] = min(DEFAULT_RANK, *(min(layer.d_model, layer.d_ff) for layer, _ in chosen))
     chosen_options = FactorOptions(**options).resolve(has_stats=stats is not None)
     check_rank(chosen_options, chosen)
     if export == "native" and chosen_options.is_budget:
@@ -129,6 +131,54 @@ def factorize(
     return FactorizeReport(
         writer.out, shapes, dense, matrices, predicted_error, layout.num_parameters, layout.num_bytes
     )
+
+
+def measure_ranks(
+    checkpoint: str | Path,
+    *,
+    stats: Stats | str | Path | None = None,
+    rank: int | None = None,
+    original: str | Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> list[dict]:
+    """Stable ranks, energies and errors of the experts of a checkpoint; nothing is written.
+
+    A factorised checkpoint answers from its provenance. Any other is decomposed, and the errors are those that
+    factors of the given rank without kept rows would make.
+
+    Args:
+        stats: weighs errors by what the experts saw; plain without.
+        rank: by default 32, or the largest that fits.
+        original: the checkpoint before merging, for its stable ranks.
+
+    Returns:
+        entries of `MatrixReport`, one per stored expert and matrix.
+    """
+    source = Checkpoint(checkpoint)
+    family = inspectable_family_of(source)
+    known = read_provenance(source).get("factors", {}).get("matrices")
+    if known:
+        return known
+    layers = check_request(family, source, keep_layers=["none"], export="exact")
+    fits = min(DEFAULT_RANK, *(min(layer.d_model, layer.d_ff) for layer, _ in layers))
+    options = FactorOptions(rank=fits if rank is None else rank, keep_rows=0.0, refit=False)
+    options = options.resolve(has_stats=stats is not None)
+    check_rank(options, layers)
+    if stats is not None:
+        stats = stats if isinstance(stats, Stats) else Stats.load(stats)
+    sources = FactorSources(family, source, options, stats, expert_maps(family, source, stats))
+    shape: LayerFactors = dict.fromkeys(MATRICES, FactorShape(options.rank or 1, 0))
+    workers = workers or os.cpu_count() or 1
+    results = in_order(lambda job: factorize_layer(sources, job[0], job[1], shape, None), layers, workers)
+    reports: list[dict] = []
+    for done, experts in enumerate(results, 1):
+        reports += [asdict(report) for expert in experts for report in expert.reports]
+        if progress:
+            progress(done, len(layers))
+    if original is not None:
+        reports = with_ranks_before(reports, Checkpoint(original), family, source, workers=workers)
+    return reports
 
 
 def check_request(
@@ -228,9 +278,14 @@ def write_experts(
 def with_ranks_before(
     matrices: list[dict], original: Checkpoint, family: Family, source: Checkpoint, *, workers: int
 ) -> list[dict]:
-    """The reports with the stable rank that the members of each merged expert had, on average."""
+    """The reports with the stable rank that the members of each merged expert had, on average.
+
+    Raises:
+        UserError: if the checkpoint carries no plan, or one that was made for another original.
+    """
     plan = Plan.load(source.path / "plan.json")
     origin = inspectable_family_of(original)
+    plan.check_against(original, origin.layers(original))
     known = [m for m in matrices if m["layer"] in plan.layers]
 
     def mean_rank(report: dict) -> float:
