@@ -38,7 +38,7 @@ class GroupReport:
                 for member, m in self.matches.items()
             }
         if self.refit:
-            entry["refit"] = {name: value for name, value in vars(self.refit).items() if name != "wo"}
+            entry["refit"] = self.refit.describe()
         return entry
 
 

@@ -210,8 +210,12 @@ def best_of(function, repeats: int) -> float:
 
 
 def run_stage(name: str, folder: Path, work: Path, *extra: str) -> dict:
-    """Run a stage in a fresh process; its peak resident memory is the process's own."""
-    arguments = [sys.executable, SCRIPT, "--stage", name, "--folder", str(folder), "--work", str(work), *extra]
+    return run_stage_of(SCRIPT, name, folder, work, *extra)
+
+
+def run_stage_of(script: str, name: str, folder: Path, work: Path, *extra: str) -> dict:
+    """Run a stage of a script in a fresh process; its peak resident memory is the process's own."""
+    arguments = [sys.executable, script, "--stage", name, "--folder", str(folder), "--work", str(work), *extra]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
     output, _ = process.communicate()
     if process.returncode:

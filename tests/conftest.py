@@ -7,6 +7,8 @@ import pytest
 import torch
 from tiny import compress, profile_small, random_records, save_switch, write_records
 
+from msmoe.factorize.run import factorize
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
@@ -56,6 +58,14 @@ def native(switch, stats, tmp_path_factory):
     """`native` export of `switch`, 3 experts in every layer."""
     out = tmp_path_factory.mktemp("native") / "out"
     compress(switch, stats, out, export="native")
+    return out
+
+
+@pytest.fixture(scope="session")
+def factorized(exact, stats, tmp_path_factory):
+    """`exact`, its experts at rank 4 with a tenth of their rows kept; the first layer is dense."""
+    out = tmp_path_factory.mktemp("factorized") / "out"
+    factorize(exact, out, stats=stats, rank=4, workers=1)
     return out
 
 

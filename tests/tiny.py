@@ -86,6 +86,11 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of all stored tensors."""
+    return sum(t.numel() * t.element_size() for t in load_tensors(folder).values())
+
+
 def weight_files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors*"))}
 
@@ -123,6 +128,18 @@ def logits_of(model, records: list[dict]) -> torch.Tensor:
         return model(**batch_of(records)).logits
 
 
+def stored_stack(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A stack of matrices of an `exact` export; factors are multiplied out, the kept rows added one at a time."""
+    if name in tensors:
+        return tensors[name]
+    u, v, s, rows = (tensors[f"{name}.{part}"] for part in ("U", "V", "S", "rows"))
+    dense = u.float() @ v.float()
+    for g, kept in enumerate(rows.tolist()):
+        for k, row in enumerate(kept):
+            dense[g, row] += s[g, k].float()
+    return dense
+
+
 def with_merged_experts(source: Path, exact: Path, **options) -> SwitchTransformersForConditionalGeneration:
     """The stock model of `source`, each expert replaced by its group's weights stored in the `exact` export."""
     model = SwitchTransformersForConditionalGeneration.from_pretrained(source, **options).eval()
@@ -132,7 +149,8 @@ def with_merged_experts(source: Path, exact: Path, **options) -> SwitchTransform
             if name.endswith(".expert_map"):
                 layer = name.removesuffix(".expert_map")
                 experts = model.get_submodule(f"{layer}.experts")
+                stacks = {part: stored_stack(tensors, f"{layer}.experts.{part}") for part in ("wi", "wo")}
                 for e, g in enumerate(mapping.tolist()):
-                    experts[f"expert_{e}"].wi.weight.copy_(tensors[f"{layer}.experts.wi"][g])
-                    experts[f"expert_{e}"].wo.weight.copy_(tensors[f"{layer}.experts.wo"][g])
+                    experts[f"expert_{e}"].wi.weight.copy_(stacks["wi"][g])
+                    experts[f"expert_{e}"].wo.weight.copy_(stacks["wo"][g])
     return model

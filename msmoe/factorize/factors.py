@@ -26,7 +26,7 @@ class Factors(NamedTuple):
     def dense(self) -> Tensor:
         """The matrices (G, O, I) that the factors stand for, float32."""
         index = self.rows.long()[..., None].expand_as(self.s)
-        return (self.u.float() @ self.v.float()).scatter_add(1, index, self.s.float())
+        return (self.u.float() @ self.v.float()).scatter_add(-2, index, self.s.float())
 
 
 def truncate(

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,7 @@ from msmoe.factorize.shapes import LayerFactors, largest_rank
 from msmoe.families.base import MATRICES, Expert, Family, MoELayer, load_stored_expert
 from msmoe.merge.refit import Refit, refit_output
 
-CHUNK_VALUES = 2**25  # weights of the experts that one worker decomposes at once
+CHUNK_VALUES = 10**7  # weights of the experts that one worker decomposes at once
 LEAST_SENSITIVITY = 1e-2  # of the mean, for hidden neurons that the sampled tokens never switched on
 
 
@@ -48,6 +49,13 @@ class ExpertTokens:
     def scale(self) -> Tensor:
         """(T, 1) square root of what a squared error at this token counts: number of tokens times squared gate."""
         return (self.gate * self.weights.sqrt().float())[:, None]
+
+
+class Seen(NamedTuple):
+    """The tokens of an expert and its hidden activations (T, F) on them."""
+
+    tokens: ExpertTokens
+    hidden: Tensor
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ def decompose_layer(
     parts: dict[str, list[Decomposition]] = {matrix: [] for matrix in MATRICES}
     for chunk in chunks(layer, count):
         experts = [load_stored_expert(sources.family, sources.checkpoint, layer.name, g) for g in chunk]
-        seen = [tokens[g] for g in chunk] if tokens else None
+        seen = look(experts, [tokens[g] for g in chunk]) if tokens else None
         pair = zip(MATRICES, decompose_experts(experts, seen, svd=sources.options.svd or "plain"), strict=True)
         for matrix, decomposition in pair:
             limit = largest_rank(*layer.shape(matrix), to_dtype(layer.dtype).itemsize)
@@ -109,18 +117,21 @@ def chunks(layer: MoELayer, count: int) -> Iterator[range]:
     return (range(start, min(start + size, count)) for start in range(0, count, size))
 
 
+def look(experts: Sequence[Expert], tokens: Sequence[ExpertTokens]) -> list[Seen]:
+    """The tokens of some experts, with the hidden activations that the experts give them."""
+    return [Seen(t, expert.hidden(t.inputs)) for expert, t in zip(experts, tokens, strict=True)]
+
+
 def decompose_experts(
-    experts: Sequence[Expert], tokens: Sequence[ExpertTokens] | None, *, svd: str
+    experts: Sequence[Expert], seen: Sequence[Seen] | None, *, svd: str
 ) -> tuple[Decomposition, Decomposition]:
     """Decompositions of `wi` and `wo` of several experts at once."""
     wi, wo = torch.stack([e.wi for e in experts]), torch.stack([e.wo for e in experts])
-    if svd == "plain" or tokens is None:
+    if svd == "plain" or seen is None:
         return decompose(wi), decompose(wo)
-    inputs, hidden, scales = [], [], []
-    for expert, seen in zip(experts, tokens, strict=True):
-        inputs.append(seen.inputs * seen.scale)
-        hidden.append(expert.hidden(seen.inputs) * seen.scale)
-        scales.append(output_sensitivity(expert, hidden[-1], seen.scale))
+    inputs = [tokens.inputs * tokens.scale for tokens, _ in seen]
+    hidden = [activations * tokens.scale for tokens, activations in seen]
+    scales = [output_sensitivity(e, h, tokens.scale) for e, h, (tokens, _) in zip(experts, hidden, seen, strict=True)]
     return decompose(wi, inputs, row_scale=torch.stack(scales)), decompose(wo, hidden)
 
 
@@ -151,34 +162,41 @@ def factorize_layer(
     sources: FactorSources, layer: MoELayer, count: int, shapes: LayerFactors, scratch: Path | None
 ) -> list[FactorizedExpert]:
     """Factorise every stored expert of a layer, a chunk at a time."""
+    options = sources.options
     tokens = sources.tokens(layer.name)
-    cached = decompose_layer(sources, layer, count, scratch) if scratch and scratch.exists() else None
+    cached = decompose_layer(sources, layer, count, scratch) if scratch else None
     results = []
     for chunk in chunks(layer, count):
         experts = [load_stored_expert(sources.family, sources.checkpoint, layer.name, g) for g in chunk]
-        seen = [tokens[g] for g in chunk] if tokens else None
+        seen = look(experts, [tokens[g] for g in chunk]) if tokens else None
         if cached:
             at = slice(chunk.start, chunk.stop)
-            pair = [Decomposition(*(t[at] for t in vars(cached[matrix]).values())) for matrix in MATRICES]
+            parts = {m: Decomposition(*(t[at] for t in vars(cached[m]).values())) for m in MATRICES}
         else:
-            pair = decompose_experts(experts, seen, svd=sources.options.svd or "plain")
-        results += factorize_experts(
-            experts, seen, dict(zip(MATRICES, pair, strict=True)), shapes, layer, chunk, sources
-        )
+            parts = dict(zip(MATRICES, decompose_experts(experts, seen, svd=options.svd or "plain"), strict=True))
+        done = factorize_experts(experts, seen, parts, shapes, options, to_dtype(layer.dtype))
+        held = {m: parts[m].captured(shapes[m].rank).tolist() if m in shapes else [1.0] * len(chunk) for m in MATRICES}
+        for i, (g, (stored, after, refit)) in enumerate(zip(chunk, done, strict=True)):
+            energy = {matrix: held[matrix][i] for matrix in MATRICES}
+            about = seen[i] if seen and len(seen[i].tokens.inputs) else None
+            reports = matrix_reports(layer, g, experts[i], after, about, shapes, energy, refit)
+            results.append(FactorizedExpert(stored, reports))
     return results
 
 
 def factorize_experts(
     experts: list[Expert],
-    tokens: list[ExpertTokens] | None,
+    seen: list[Seen] | None,
     decompositions: dict[str, Decomposition],
     shapes: LayerFactors,
-    layer: MoELayer,
-    chunk: range,
-    sources: FactorSources,
-) -> list[FactorizedExpert]:
-    """Truncate `wi`, refit `wo` to what the experts gave, truncate `wo`."""
-    options, dtype = sources.options, to_dtype(layer.dtype)
+    options: FactorOptions,
+    dtype: torch.dtype,
+) -> list[tuple[dict[str, Factors | Tensor], Expert, Refit | None]]:
+    """Truncate `wi`, solve `wo` again for what that gives, truncate `wo`.
+
+    Returns:
+        per expert what is stored, the expert that it stands for, and how `wo` was solved again.
+    """
 
     def truncated(matrix: str, weights: Tensor) -> tuple[list[Factors | Tensor], Tensor]:
         if matrix not in shapes:
@@ -188,55 +206,61 @@ def factorize_experts(
 
     wi, wi_dense = truncated("wi", torch.stack([e.wi for e in experts]))
     refits: list[Refit | None] = [None] * len(experts)
-    if options.refit and tokens is not None:
+    if options.refit and seen is not None:
         refits = [
             refit_output(
                 Expert(approximate, expert.wo),
-                seen.inputs,
-                seen.gate,
-                expert(seen.inputs) * seen.gate[:, None],
-                seen.weights,
-                seen.held_out,
+                tokens.inputs,
+                tokens.gate,
+                (hidden @ expert.wo.T).mul_(tokens.gate[:, None]),
+                tokens.weights,
+                tokens.held_out,
             )
-            for approximate, expert, seen in zip(wi_dense, experts, tokens, strict=True)
+            for approximate, expert, (tokens, hidden) in zip(wi_dense, experts, seen, strict=True)
         ]
     wanted = torch.stack([refit.wo if refit else e.wo for refit, e in zip(refits, experts, strict=True)])
     wo, wo_dense = truncated("wo", wanted)
-    results = []
-    for i, g in enumerate(chunk):
-        after = Expert(wi_dense[i], wo_dense[i])
-        reports = []
-        for matrix in MATRICES:
-            shape = shapes.get(matrix)
-            before, now = getattr(experts[i], matrix), getattr(after, matrix)
-            reports.append(
-                MatrixReport(
-                    layer=layer.name,
-                    expert=g,
-                    matrix=matrix,
-                    rank=shape.rank if shape else None,
-                    num_rows=shape.num_rows if shape else None,
-                    stable_rank=stable_rank(before),
-                    energy=float(decompositions[matrix].captured(shape.rank)[i]) if shape else 1.0,
-                    weight_error=float((before - now).norm() / before.norm().clamp(min=1e-30)),
-                    output_error=output_error(experts[i], after, tokens[i] if tokens else None, matrix),
-                    refit={k: v for k, v in vars(refits[i]).items() if k != "wo"}
-                    if matrix == "wo" and refits[i]
-                    else None,
-                )
+    return [({"wi": wi[i], "wo": wo[i]}, Expert(wi_dense[i], wo_dense[i]), refits[i]) for i in range(len(experts))]
+
+
+def relative_error(before: Tensor, after: Tensor, scale: Tensor) -> float | None:
+    """Squared error of values (T, N) relative to their square, tokens weighted by the square of `scale` (T, 1)."""
+    total = float((before * scale).double().square().sum())
+    return float(((after - before) * scale).double().square().sum()) / total if total else None
+
+
+def matrix_reports(
+    layer: MoELayer,
+    g: int,
+    before: Expert,
+    after: Expert,
+    seen: Seen | None,
+    shapes: LayerFactors,
+    energy: dict[str, float],
+    refit: Refit | None,
+) -> list[MatrixReport]:
+    """What factorising one expert cost, for `wi` and for `wo`."""
+    errors: dict[str, float | None] = dict.fromkeys(MATRICES)
+    if seen is not None:
+        tokens, hidden = seen
+        now = after.hidden(tokens.inputs)
+        errors["wi"] = relative_error(hidden, now, tokens.scale)
+        errors["wo"] = relative_error(hidden @ before.wo.T, now @ after.wo.T, tokens.scale)
+    reports = []
+    for matrix in MATRICES:
+        shape, old, new = shapes.get(matrix), getattr(before, matrix), getattr(after, matrix)
+        reports.append(
+            MatrixReport(
+                layer=layer.name,
+                expert=g,
+                matrix=matrix,
+                rank=shape.rank if shape else None,
+                num_rows=shape.num_rows if shape else None,
+                stable_rank=stable_rank(old),
+                energy=energy[matrix],
+                weight_error=float((old - new).norm() / old.norm().clamp(min=1e-30)),
+                output_error=errors[matrix],
+                refit=refit.describe() if refit and matrix == "wo" else None,
             )
-        results.append(FactorizedExpert({"wi": wi[i], "wo": wo[i]}, reports))
-    return results
-
-
-def output_error(before: Expert, after: Expert, tokens: ExpertTokens | None, matrix: str) -> float | None:
-    """Relative squared error on the calibration tokens, of the hidden activations (`wi`) or of the outputs (`wo`)."""
-    if tokens is None or not len(tokens.inputs):
-        return None
-    compute = (
-        (lambda expert: expert.hidden(tokens.inputs)) if matrix == "wi" else (lambda expert: expert(tokens.inputs))
-    )
-    wanted = compute(before) * tokens.scale
-    error = compute(after) * tokens.scale - wanted
-    total = float(wanted.double().square().sum())
-    return float(error.double().square().sum()) / total if total else None
+        )
+    return reports

@@ -4,14 +4,9 @@ Shapes: O outputs, I inputs.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackError, svds
 from torch import Tensor
-
-TOLERANCE: Any = 1e-4  # of the eigenvalue iteration; the type stubs of scipy take integers only
 
 
 @dataclass(frozen=True)
@@ -52,13 +47,6 @@ def stable_rank(weight: Tensor) -> float:
 
 
 def spectral_norm(weight: Tensor) -> float:
-    """Largest singular value of a matrix (O, I), to about six digits."""
-    smaller = min(weight.shape)
-    if smaller > 64:
-        start = np.random.default_rng(0).standard_normal(smaller)
-        try:
-            values = svds(weight.float().numpy(), k=1, v0=start, tol=TOLERANCE, return_singular_vectors=False)
-            return float(np.asarray(values)[0])
-        except ArpackError:
-            pass  # no convergence: decompose it
-    return float(torch.linalg.matrix_norm(weight.double(), 2))
+    """Largest singular value of a matrix (O, I): the root of the largest eigenvalue of its smaller Gram matrix."""
+    thin = weight if weight.shape[0] <= weight.shape[1] else weight.T
+    return float(torch.linalg.eigvalsh((thin @ thin.T).double())[-1].clamp(min=0).sqrt())

@@ -41,6 +41,10 @@ class Refit:
     error_before: float
     error_after: float
 
+    def describe(self) -> dict:
+        """Everything but the matrix."""
+        return {name: value for name, value in vars(self).items() if name != "wo"}
+
 
 def refit_output(
     merged: Expert,
