@@ -12,10 +12,13 @@ import click
 
 from msmoe.cli.apply import print_report
 from msmoe.cli.console import console, human_bytes, progress, table, usage_table
+from msmoe.cli.factorize import print_factors
 from msmoe.cli.options import check_output, force_option
 from msmoe.cli.plan import print_plan
 
 METRICS = "exact_match,macro_f1,loss"
+EXPERT_SHARE = 0.3  # of the bytes of the merged experts, for the factorised ones
+RECOVERY = {"steps": 150, "learning_rate": 3e-4}
 
 
 @click.command("demo")
@@ -27,7 +30,7 @@ METRICS = "exact_match,macro_f1,loss"
 )
 @force_option
 def command(experts: float, method: str, samples: int | None, out: Path | None, force: bool) -> None:
-    """The whole story on the embedded checkpoint: profile, plan, apply, reload, evaluate, compare.
+    """The whole story on the embedded checkpoint: profile, plan, apply, factorise, recover, evaluate, compare.
 
     \b
     Example: msmoe demo
@@ -36,8 +39,10 @@ def command(experts: float, method: str, samples: int | None, out: Path | None, 
     from msmoe.calibration.profile import profile
     from msmoe.checkpoint import Checkpoint
     from msmoe.demo import CALIBRATION, CHECKPOINT
+    from msmoe.factorize.run import factorize
     from msmoe.families import family_of
     from msmoe.methods import check_request, plan
+    from msmoe.recover.run import recover
 
     if out is not None:
         check_output(out, force=force)
@@ -71,10 +76,40 @@ def command(experts: float, method: str, samples: int | None, out: Path | None, 
     difference = reload_elsewhere(compressed, folder)
     echo(f"largest difference to the stock model with merged weights: {difference:.1e} on logits")
 
-    echo("\n[bold]5. Evaluate[/bold] both checkpoints on held-out data, side by side, one core each")
-    results = evaluate_both([CHECKPOINT, compressed], folder, samples=samples)
-    print_comparison(results, [experts_of(CHECKPOINT), experts_of(compressed)])
-    echo(f"\ncompression took {seconds:.0f} s, all of it {time.perf_counter() - started:.0f} s; files are in {folder}")
+    echo(f"\n[bold]5. Factorise[/bold] every expert, to {EXPERT_SHARE:.0%} of the bytes of the merged ones")
+    small = folder / "factorized"
+    with progress("factorising") as update:
+        factors = factorize(
+            compressed, small, stats=stats, target_bytes=budget(compressed), keep_layers=["none"], force=True,
+            progress=update,
+        )  # fmt: skip
+    print_factors(factors, as_json=False)
+
+    echo(f"\n[bold]6. Recover[/bold] by distillation, {RECOVERY['steps']} steps on the calibration records")
+    recovered = folder / "mc-smoe"
+    with progress("recovering") as update:
+        training = recover(
+            small, recovered, data=CALIBRATION, teacher=CHECKPOINT, force=True, progress=update, **RECOVERY
+        )
+    echo(
+        f"validation loss {training.validation_before:.4f} -> {training.validation_after:.4f} at step "
+        f"{training.best_step}"
+    )
+
+    echo("\n[bold]7. Evaluate[/bold] the three checkpoints on held-out data, one core each")
+    checkpoints = [CHECKPOINT, compressed, recovered]
+    results = evaluate_all(checkpoints, folder, samples=samples)
+    print_comparison(results, [experts_of(path) for path in checkpoints], ["original", "merged", "MC-SMoE"])
+    echo(f"\nmerging took {seconds:.0f} s, all of it {time.perf_counter() - started:.0f} s; files are in {folder}")
+
+
+def budget(merged: Path) -> int:
+    """Bytes of a checkpoint whose experts take `EXPERT_SHARE` of what those of `merged` take."""
+    from msmoe.inspect import inspect
+
+    summary = inspect(merged)
+    experts = summary.parts["experts"][1]
+    return summary.num_bytes - experts + int(EXPERT_SHARE * experts)
 
 
 def reload_elsewhere(compressed: Path, folder: Path) -> float:
@@ -114,34 +149,38 @@ def reload_elsewhere(compressed: Path, folder: Path) -> float:
     return float((load_file(logits_file)["logits"] - expected).abs().max())
 
 
-def evaluate_both(checkpoints: list[Path], folder: Path, *, samples: int | None) -> list[list[dict]]:
-    """Evaluate each checkpoint in a process of its own: its time and its peak memory are its own."""
+def evaluate_all(checkpoints: list[Path], folder: Path, *, samples: int | None) -> list[list[dict]]:
+    """Evaluate each checkpoint in a process of its own, as many at once as there are cores."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with progress("evaluating") as update, ThreadPoolExecutor(os.cpu_count()) as pool:
+        running = [pool.submit(evaluate_one, checkpoint, folder, samples=samples) for checkpoint in checkpoints]
+        results = []
+        for done, future in enumerate(running, 1):
+            results.append(future.result())
+            update(done, len(running))
+    return results
+
+
+def evaluate_one(checkpoint: Path, folder: Path, *, samples: int | None) -> list[dict]:
+    """Evaluate a checkpoint in a process of its own: its time and its peak memory are its own."""
     from msmoe.demo import HELD_OUT_TEXT, TASKS
     from msmoe.errors import UserError
 
     tasks = [argument for file in [*sorted(TASKS.glob("*.jsonl")), HELD_OUT_TEXT] for argument in ("--data", str(file))]
     limit = ["--samples", str(samples)] if samples else []
-    running = []
-    for checkpoint in checkpoints:
-        command = [sys.executable, "-m", "msmoe.cli", "evaluate", str(checkpoint), *tasks, *limit, "--metrics", METRICS]
-        results_file = folder / f"results-{checkpoint.name}.json"
-        process = subprocess.Popen(
-            [*command, "--out", str(results_file), "--force"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        running.append((process, results_file))
-    results = []
-    with progress("evaluating") as update:
-        for done, (process, results_file) in enumerate(running, 1):
-            _, errors = process.communicate()
-            if process.returncode:
-                raise UserError(f"evaluation failed: {errors.strip().splitlines()[-1]}")
-            results.append(json.loads(results_file.read_text())["results"])
-            update(done, len(running))
-    return results
+    command = [sys.executable, "-m", "msmoe.cli", "evaluate", str(checkpoint), *tasks, *limit, "--metrics", METRICS]
+    results_file = folder / f"results-{checkpoint.name}.json"
+    run = subprocess.run(
+        [*command, "--out", str(results_file), "--force"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    if run.returncode:
+        raise UserError(f"evaluation failed: {run.stderr.strip().splitlines()[-1]}")
+    return json.loads(results_file.read_text())["results"]
 
 
 def experts_of(checkpoint: Path) -> str:
@@ -152,24 +191,22 @@ def experts_of(checkpoint: Path) -> str:
     return f"{sum(counts)} ({'+'.join(map(str, counts))})"
 
 
-def print_comparison(results: list[list[dict]], experts: list[str]) -> None:
+def print_comparison(results: list[list[dict]], experts: list[str], names: list[str]) -> None:
     """One table: experts, parameters, bytes, score per task with interval, seconds, peak memory."""
 
     def interval(record: dict, metric: str) -> str:
         estimate = record["metrics"][metric]
         return f"{estimate['value']:.3f} \\[{estimate['ci95'][0]:.3f}, {estimate['ci95'][1]:.3f}]"
 
-    rows = table("", "majority", "original", "compressed")
+    rows = table("", "majority", *names)
     rows.add_row("experts", "", *experts)
     rows.add_row("parameters", "", *[f"{records[0]['num_parameters']:,}" for records in results])
     rows.add_row("bytes of weights on disk", "", *[f"{records[0]['bytes']:,}" for records in results])
-    for original, compressed in zip(*results, strict=True):
-        metric = "exact_match" if "exact_match" in original["metrics"] else "loss"
-        share = original["majority_share"]
-        name = f"{original['task'].replace('_', ' ')}, {metric.replace('_', ' ')}"
-        rows.add_row(
-            name, "" if share is None else f"{share:.3f}", interval(original, metric), interval(compressed, metric)
-        )
+    for records in zip(*results, strict=True):
+        metric = "exact_match" if "exact_match" in records[0]["metrics"] else "loss"
+        share = records[0]["majority_share"]
+        name = f"{records[0]['task'].replace('_', ' ')}, {metric.replace('_', ' ')}"
+        rows.add_row(name, "" if share is None else f"{share:.3f}", *[interval(record, metric) for record in records])
     rows.add_row("seconds to evaluate", "", *[f"{sum(r['seconds'] for r in records):.1f}" for records in results])
     rows.add_row("peak memory", "", *[human_bytes(max(r["peak_memory_bytes"] for r in records)) for records in results])
     console().print(rows)

@@ -40,7 +40,7 @@ def test_the_stable_rank_of_zeros_is_zero(size):
 
 
 @pytest.mark.parametrize("size", [10, 100])
-@pytest.mark.parametrize("scale", [1e-6, 1e-12, 1e4])
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e4])
 def test_the_stable_rank_does_not_depend_on_the_scale(size, scale):
     weight = normal(size, size + 5)
     assert stable_rank(scale * weight) == pytest.approx(by_svd(weight), rel=1e-5)
@@ -50,11 +50,6 @@ def test_the_largest_singular_values_may_lie_close_together():
     q, _ = torch.linalg.qr(normal(120, 120))
     values = torch.cat([torch.tensor([1.0, 0.99999, 0.9999]), torch.full((117,), 0.5)])
     assert stable_rank(q * values @ q.T) == pytest.approx(float(values.square().sum()), rel=1e-4)
-
-
-def test_a_half_precision_matrix_is_measured_in_full_precision():
-    weight = normal(80, 90).bfloat16()
-    assert stable_rank(weight) == pytest.approx(by_svd(weight), rel=1e-5)
 
 
 @pytest.fixture(scope="module")

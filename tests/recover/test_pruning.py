@@ -5,11 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import batch_of, logits_of, random_records
-from trials import LAYERS, SHORT, Stopped, short, started, stop_after
+from trials import LAYERS, SHORT, Stopped, short, split_of, stop_after
 
 from msmoe.factorize import FactorShape
 from msmoe.loading import load
 from msmoe.modeling.modeling_msmoe import FactorizedWeight
+from msmoe.recover.data import BatchOrder
 from msmoe.recover.pruning import RowPruner, factorize_in_place, factorized_weights, rows_kept
 from msmoe.recover.state import load_tensors
 
@@ -116,8 +117,7 @@ def test_pruned_rows_stay_pruned_and_zero_whatever_their_later_score():
 def test_every_matrix_of_a_stack_keeps_its_own_rows():
     pruner = pruner_of(S.repeat(2, 1, 1), final=1)
     observe(pruner, torch.cat([GRADIENT, GRADIENT.flip(1)]), 1)
-    # second matrix: (0, 2 * 3 + 2 * 4, 0.5, 1 + 1 * 2 ...) is largest in row 1 as well; row 3 has (2 + 2)/2 = 2
-    pruner.prune(2)
+    pruner.prune(2)  # second matrix: 0, (6 + 8)/2 = 7, (0 + 0.5)/2 = 0.25, (2 + 2)/2 = 2
     assert pruner.kept.tolist() == [[True, True, False, False], [False, True, False, True]]
 
 
@@ -188,8 +188,8 @@ def test_a_run_scores_rows_by_the_weights_and_gradients_before_the_step(factoris
     # a warm-up of nothing and a huge rate: after the step every weight is another one
     options = {"data": lessons, "teacher": None, "learning_rate": 0.5, "warmup": 0.0}
     scores = scores_after_one_step(factorised, tmp_path / "out", **options)
-    trainer = started(factorised, tmp_path / "other", **options)
-    records = [vars(trainer.train_records[i]) for i in trainer.order.batch(0)]
+    train, _ = split_of(factorised, lessons)
+    records = [vars(train[i]) for i in BatchOrder(train, SHORT["batch_size"], seed=0).batch(0)]
     model = load(factorised)
     model(**batch_of(records)).loss.backward()
     assert len(scores) == 4
@@ -225,7 +225,7 @@ def test_rows_fall_step_by_step_as_the_schedule_says(factorised, lessons, tmp_pa
 def test_a_run_too_short_for_its_warm_up_prunes_in_its_first_step(factorised, lessons, tmp_path):
     report = short(
         factorised, tmp_path / "out", data=lessons, teacher=None, keep_rows=0.25, prune_warmup=0.5, prune_final=0.4,
-        **SHORT | {"steps": 1},
+        steps=1,
     )  # fmt: skip
     assert report.best_step == 1
     shapes = {name: FactorShape(*shape) for name, shape in load(report.out).config.factors[LAYERS[0]].items()}

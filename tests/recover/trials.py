@@ -9,6 +9,10 @@ import torch
 from tiny import VOCAB
 from torch import nn
 
+from msmoe.calibration.records import TokenRecord
+from msmoe.checkpoint import Checkpoint
+from msmoe.recover.data import load_split
+from msmoe.recover.options import RecoverOptions
 from msmoe.recover.run import RecoverReport, Trainer, recover
 
 # Without dropout and router noise two ways to the same number can agree.
@@ -36,12 +40,15 @@ def short(student: Path, out: Path, **options) -> RecoverReport:
 
 def started(student: Path, out: Path, *, data: Path, teacher: Path | None = None, **options) -> Trainer:
     """A run before its first step."""
-    from msmoe.recover.options import RecoverOptions
-
     chosen = RecoverOptions(**SHORT | options)
     trainer = Trainer(student, out, data, teacher, None, chosen, cache_teacher=False, force=False)
     trainer.prepare(resume=False, progress=None)
     return trainer
+
+
+def split_of(student: Path, data: Path, **options) -> tuple[list[TokenRecord], list[TokenRecord]]:
+    """Training and validation records of a run."""
+    return load_split(Checkpoint(student), data, None, RecoverOptions(**SHORT | options))
 
 
 class Stopped(Exception):
