@@ -22,6 +22,7 @@ from msmoe.families import inspectable_family_of
 
 TASK_RECORDS, TEXT_RECORDS = 1000, 150
 EXPERTS = 4
+RECOVERY = {"learning_rate": 1e-3, "batch_size": 32, "kd_weight": 0.2, "hidden_weight": 3.0}
 EXPERT_SHARE = 0.30  # of the bytes of the merged experts, for everything factorised
 
 
@@ -69,9 +70,8 @@ def expert_bytes(path: Path) -> int:
 class Bench:
     """Checkpoints of one seed, made when they are asked for and kept."""
 
-    def __init__(self, folder: Path, data: Path, seed: int, *, steps: int, learning_rate: float):
-        self.folder, self.data, self.seed = folder, data, seed
-        self.steps, self.learning_rate = steps, learning_rate
+    def __init__(self, folder: Path, data: Path, seed: int, *, steps: int):
+        self.folder, self.data, self.seed, self.steps = folder, data, seed, steps
         folder.mkdir(parents=True, exist_ok=True)
 
     def made(self, name: str, make: Callable[[Path], object]) -> Path:
@@ -107,7 +107,7 @@ class Bench:
 
     def recovered(self, student: Path, name: str | None = None, **options) -> Path:
         def make(path: Path) -> None:
-            choices = {"steps": self.steps, "learning_rate": self.learning_rate, "seed": self.seed} | options
+            choices = RECOVERY | {"steps": self.steps, "seed": self.seed} | options
             teacher = choices.pop("teacher", CHECKPOINT)
             msmoe.recover(student, path, data=self.data, teacher=teacher, **choices)
             shutil.rmtree(path.with_name(f"{path.name}.training"))
@@ -142,12 +142,26 @@ def cells(bench: Bench) -> dict[str, Path]:
     }
 
 
+def router_cells(bench: Bench) -> dict[str, Path]:
+    """The routers alone, by distillation of the outputs (after arXiv 2603.02217)."""
+    only = {"train": "router", "ce_weight": 0.0, "kd_weight": 1.0, "hidden_weight": 0.0}
+    students = {
+        "M-SMoE as published": bench.merged("m-smoe"),
+        "M-SMoE + refit": bench.merged("m-smoe-refit"),
+        "MC-SMoE + refit, 30 % of the expert bytes": bench.factorized("mc-smoe-refit", bench.merged("m-smoe-refit")),
+    }
+    return {
+        f"{name}, router distilled": bench.recovered(student, f"{student.name}-router", **only)
+        for name, student in students.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path("build/recover"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--router", action="store_true", help="also train the routers alone, by distillation")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     args = parser.parse_args()
     silence_transformers()
@@ -156,8 +170,8 @@ def main() -> None:
     full = measure(CHECKPOINT)
     results: dict[str, list[dict]] = {}
     for seed in args.seeds:
-        bench = Bench(args.workdir / f"seed-{seed}", data, seed, steps=args.steps, learning_rate=args.learning_rate)
-        for name, path in cells(bench).items():
+        bench = Bench(args.workdir / f"seed-{seed}", data, seed, steps=args.steps)
+        for name, path in (cells(bench) | (router_cells(bench) if args.router else {})).items():
             results.setdefault(name, []).append(bench.score(path))
     if args.out:
         args.out.write_text(json.dumps({"full": full, "results": results}, indent=1) + "\n")

@@ -96,7 +96,8 @@ def print_factors(report, *, as_json: bool) -> None:
     out = console()
     out.print(rank_table(report.matrices))
     for layer, matrix in report.dense:
-        out.print(f"{matrix} of {layer} stays dense: its factors would be larger")
+        reason = "its factors would be larger" if report.predicted_error is None else "the budget buys most that way"
+        out.print(f"{matrix} of {layer} stays dense: {reason}")
     size = f"{report.num_bytes:,} bytes ({human_bytes(report.num_bytes)})"
     out.print(f"wrote {report.out}: {report.num_parameters:,} parameters, {size}")
 
@@ -108,8 +109,8 @@ def rank_table(matrices: list[dict]):
         matrices: entries of `msmoe.factorize.measures.MatrixReport`.
     """
     rows = table(
-        "layer", "matrix", "experts", "rank", "rows", "stable rank", "before merging", "energy", "weight error",
-        "output error", title="Factors (errors relative: |W - W'| / |W|, and squared for outputs)",
+        "layer", "matrix", "experts", "rank", "rows", "break-even rank", "stable rank", "before merging", "energy",
+        "weight error", "output error", title="Factors (errors relative: |W - W'| / |W|, and squared for outputs)",
     )  # fmt: skip
     for layer, matrix in dict.fromkeys((m["layer"], m["matrix"]) for m in matrices):
         mine = [m for m in matrices if (m["layer"], m["matrix"]) == (layer, matrix)]
@@ -121,7 +122,8 @@ def rank_table(matrices: list[dict]):
         first = mine[0]
         rows.add_row(
             layer, matrix, str(len(mine)), "dense" if first["rank"] is None else str(first["rank"]),
-            "-" if first["num_rows"] is None else str(first["num_rows"]), mean("stable_rank", ".1f"),
+            "-" if first["num_rows"] is None else str(first["num_rows"]), str(first["break_even_rank"]),
+            mean("stable_rank", ".1f"),
             mean("stable_rank_before", ".1f"), mean("energy", ".3f"), mean("weight_error", ".3f"),
             mean("output_error", ".4f"),
         )  # fmt: skip

@@ -24,7 +24,7 @@ from msmoe.factorize.decompose import Decomposition, decompose
 from msmoe.factorize.factors import Factors, truncate
 from msmoe.factorize.measures import MatrixReport, stable_rank
 from msmoe.factorize.options import FactorOptions
-from msmoe.factorize.shapes import LayerFactors, largest_rank
+from msmoe.factorize.shapes import LayerFactors, break_even_rank, largest_rank
 from msmoe.families.base import MATRICES, Expert, Family, MoELayer, load_stored_expert
 from msmoe.merge.refit import Refit, refit_output
 
@@ -256,6 +256,7 @@ def matrix_reports(
                 matrix=matrix,
                 rank=shape.rank if shape else None,
                 num_rows=shape.num_rows if shape else None,
+                break_even_rank=break_even_rank(*layer.shape(matrix), shape.num_rows if shape else 0),
                 stable_rank=stable_rank(old),
                 energy=energy[matrix],
                 weight_error=float((old - new).norm() / old.norm().clamp(min=1e-30)),

@@ -16,6 +16,7 @@ class MatrixReport:
     Attributes:
         layer, expert, matrix: which; `matrix` is `wi` or `wo`.
         rank, num_rows: as stored; None for a matrix that stayed dense.
+        break_even_rank: up to which factors with these rows take no more multiplications than the dense matrix.
         stable_rank: |W|_F^2 / |W|_2^2 of the matrix before it was factorised.
         energy: share of the squared singular values, as they were weighted, that the rank holds.
         weight_error: |W - W'|_F / |W|_F; after a refit of `wo` it contains the refit's change.
@@ -30,6 +31,7 @@ class MatrixReport:
     matrix: str
     rank: int | None
     num_rows: int | None
+    break_even_rank: int
     stable_rank: float
     energy: float
     weight_error: float

@@ -27,6 +27,11 @@ class FactorShape(NamedTuple):
         return self.num_bytes(num_outputs, num_inputs, itemsize) < num_outputs * num_inputs * itemsize
 
 
+def break_even_rank(num_outputs: int, num_inputs: int, num_rows: int) -> int:
+    """Largest rank at which factors, with so many kept rows, take no more multiplications than the dense matrix."""
+    return (num_outputs - num_rows) * num_inputs // (num_outputs + num_inputs)
+
+
 LayerFactors = dict[str, FactorShape]  # `wi`, `wo` -> shape of its factors; a matrix not named is dense
 
 

@@ -76,9 +76,7 @@ def test_a_row_scale_weighs_the_outputs(num_outputs, num_inputs, rank):
     weights, x = normal(1, num_outputs, num_inputs), normal(30, num_inputs, seed=1)
     scale = normal(1, num_outputs, seed=2).abs() + 0.1
     result = low_rank(weights, decompose(weights, [x], row_scale=scale), rank)[0]
-    torch.testing.assert_close(
-        result, best_by_hand(weights[0], gram_of(x), scale[0], rank), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(result, best_by_hand(weights[0], gram_of(x), scale[0], rank), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), SHAPES)

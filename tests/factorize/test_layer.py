@@ -12,6 +12,7 @@ from msmoe.factorize.options import FactorOptions
 from msmoe.factorize.run import expert_maps, factorize
 from msmoe.families import Expert, inspectable_family_of
 from msmoe.merge import refit_output
+from msmoe.plan import Plan
 
 
 def tokens_by_hand(stats, layer: str, members: list[int]):
@@ -23,9 +24,14 @@ def tokens_by_hand(stats, layer: str, members: list[int]):
     return sample.inputs[chosen], sample.gate[chosen], weights, sample.held_out[chosen]
 
 
+@pytest.fixture(scope="module")
+def few(switch, data):
+    """Statistics of `switch` in which a sampled token stands for several."""
+    return profile_small(switch, data, token_sample=100)
+
+
 @pytest.mark.parametrize("which", ["switch", "exact", "native"])
-def test_a_stored_expert_is_weighed_by_the_tokens_of_its_members(which, request, switch, data):
-    few = profile_small(switch, data, token_sample=100)  # so that a token stands for several
+def test_a_stored_expert_is_weighed_by_the_tokens_of_its_members(which, request, few):
     source = Checkpoint(request.getfixturevalue(which))
     family = inspectable_family_of(source)
     sources = FactorSources(family, source, FactorOptions(), few, expert_maps(family, source, few))
@@ -42,14 +48,10 @@ def test_a_stored_expert_is_weighed_by_the_tokens_of_its_members(which, request,
 
 def members_of(folder, layer: str) -> list[list[int]]:
     """Stored expert -> experts of the original that it stands for."""
-    from msmoe.plan import Plan
-
-    if not (folder / "plan.json").exists():
+    layers = Plan.load(folder / "plan.json").layers if (folder / "plan.json").exists() else {}
+    if layer not in layers:
         return [[e] for e in range(6)]
-    plan = Plan.load(folder / "plan.json").layers.get(layer)
-    if plan is None:
-        return [[e] for e in range(6)]
-    return [list(g.members) for g in sorted(plan.groups, key=lambda g: g.dominant)]
+    return [list(g.members) for g in sorted(layers[layer].groups, key=lambda g: g.dominant)]
 
 
 def test_sensitivity_is_how_far_an_error_of_the_pre_activation_moves_the_output():
@@ -185,5 +187,3 @@ def test_experts_done_one_at_a_time_come_out_as_experts_done_together(options, s
         for matrix in ("wi", "wo"):
             name = f"{layer}.experts.{matrix}"
             torch.testing.assert_close(stored_stack(one, name), stored_stack(other, name), rtol=1e-3, atol=1e-4)
-
-

@@ -38,7 +38,9 @@ def test_the_published_schedule_by_hand(step, kept):
 )  # any warm-up and cool-down, also longer than the run
 def test_the_number_of_rows_never_rises_and_ends_at_the_final_one(steps, warmup, cooldown, final, more):
     start = final + more
-    kept = [rows_kept(t, steps=steps, start=start, final=final, warmup=warmup, cooldown=cooldown) for t in range(steps + 1)]
+    kept = [
+        rows_kept(t, steps=steps, start=start, final=final, warmup=warmup, cooldown=cooldown) for t in range(steps + 1)
+    ]
     assert all(a >= b for a, b in zip(kept, kept[1:], strict=False))
     assert all(final <= k <= start for k in kept)
     assert kept[-1] == final

@@ -79,7 +79,8 @@ def test_a_cut_teacher_gives_a_lower_bound_of_the_live_loss(wide, cache):
     batch = batch_at(chosen)
     logits = student_logits(batch, 200)
     live, cut = (
-        float(distillation(logits, batch["labels"], t(chosen, batch), 2.0)) for t in (wide, CachedTeacher(cache, RECORDS))
+        float(distillation(logits, batch["labels"], t(chosen, batch), 2.0))
+        for t in (wide, CachedTeacher(cache, RECORDS))
     )
     assert 0.5 * live < cut < live
 

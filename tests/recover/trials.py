@@ -38,10 +38,12 @@ def short(student: Path, out: Path, **options) -> RecoverReport:
     return recover(student, out, **SHORT | options)
 
 
-def started(student: Path, out: Path, *, data: Path, teacher: Path | None = None, **options) -> Trainer:
+def started(
+    student: Path, out: Path, *, data: Path, teacher: Path | None = None, validation: Path | None = None, **options
+) -> Trainer:
     """A run before its first step."""
     chosen = RecoverOptions(**SHORT | options)
-    trainer = Trainer(student, out, data, teacher, None, chosen, cache_teacher=False, force=False)
+    trainer = Trainer(student, out, data, teacher, validation, chosen, cache_teacher=False, force=False)
     trainer.prepare(resume=False, progress=None)
     return trainer
 
