@@ -21,6 +21,7 @@ from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
 from msmoe.export import EXPORTS, build_export
 from msmoe.factorize.choose import check_budget, check_rank, expert_bytes, fixed_shapes
+from msmoe.factorize.factors import ROW_SCORES
 from msmoe.factorize.options import DEFAULT_KEEP_ROWS, DEFAULT_RANK, SIZES, FactorOptions
 from msmoe.families import Family, MoELayer, family_of
 from msmoe.families.base import load_expert
@@ -133,6 +134,8 @@ CHOICES = {
     "align": ("weight", "activation", "none"),
     "align_to": ("dominant", "first"),
     "refit": ("none", "independent", "sequential"),
+    "svd": ("activation", "plain"),
+    "row_score": ROW_SCORES,
 }
 
 
@@ -249,6 +252,9 @@ def predict(family: Family, checkpoint: Checkpoint, plan: Plan, *, export: str) 
 def factor_options(parameters: dict) -> FactorOptions | None:
     """How a plan's merged experts are factorised; None if they are not."""
     known = {f.name for f in fields(Parameters)}
+    for name in (*SIZES, "keep_rows"):
+        if not isinstance(parameters.get(name, 0), int | float | None):
+            raise UserError(f"{name} of a plan must be a number or null, got {parameters[name]!r}")
     return Parameters(**{name: value for name, value in parameters.items() if name in known}).factors
 
 

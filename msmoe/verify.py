@@ -7,6 +7,7 @@ from torch import nn
 
 from msmoe.checkpoint import Checkpoint
 from msmoe.families import family_of
+from msmoe.families.base import load_stored_expert
 
 
 @torch.no_grad()
@@ -19,8 +20,9 @@ def reference_model(original: str | Path, compressed: str | Path) -> nn.Module:
     family = family_of(source)
     model = family.load_model(source.path, dtype=torch.float32)
     for layer in family.layers(source):
-        stacked = [target.read(key).float() for key in family.stacked_keys(layer.name)]
-        for e, g in enumerate(target.read(family.expert_map_key(layer.name)).tolist()):
-            for key, values in zip(family.expert_keys(layer.name, e), stacked, strict=True):
-                model.get_parameter(key).copy_(values[g])
+        mapping = target.read(family.expert_map_key(layer.name)).tolist()
+        stored = {g: load_stored_expert(family, target, layer.name, g) for g in set(mapping)}
+        for e, g in enumerate(mapping):
+            for key, values in zip(family.expert_keys(layer.name, e), stored[g], strict=True):
+                model.get_parameter(key).copy_(values)
     return model

@@ -28,6 +28,7 @@ from msmoe.apply import apply
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
 from msmoe.export import EXPORTS, build_export
+from msmoe.factorize.run import factorize
 from msmoe.families import family_of
 from msmoe.methods import plan as make_plan
 from msmoe.plan import LayerPlan
@@ -132,7 +133,7 @@ FRESH = """
 
 
 @pytest.fixture(scope="module")
-def fresh(switch, native, dropping_switch, dropping_stats, stats, data, tmp_path_factory):
+def fresh(switch, exact, native, dropping_switch, dropping_stats, stats, data, tmp_path_factory):
     """Exports, as a process sees them that imports transformers only: name -> (folder, class name, logits on `BATCH`).
 
     The process starts away from our code.
@@ -147,7 +148,11 @@ def fresh(switch, native, dropping_switch, dropping_stats, stats, data, tmp_path
             source, its_stats, work / f"{name}-one", experts=1, method="m-smoe", export="native", apply_options=options
         )
         apply(source, plan, work / f"{name}-dense", stats=its_stats, export="dense")
+    factorize(exact, work / "factors-exact", stats=stats, rank=4)
+    factorize(native, work / "factors-native", stats=stats, rank=4, export="native")
+    factorize(native, work / "stored-exact", stats=stats, rank=4)
     folders = {"exact": work / "exact", "native": native, "tied": work / "tied-dense", "untied": work / "untied-dense"}
+    folders |= {name: work / name for name in ("factors-exact", "factors-native", "stored-exact")}
     torch.save(batch_of(BATCH), work / "batch.pt")
     settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules")}
     result = subprocess.run(
@@ -164,6 +169,19 @@ def test_plain_transformers_loads_the_exact_export_in_a_fresh_process(fresh, dro
     assert name == "MsmoeSwitchForConditionalGeneration"
     stock = with_merged_experts(dropping_switch, folder)
     torch.testing.assert_close(logits, logits_of(stock, BATCH), rtol=0, atol=1e-4)
+
+
+def test_plain_transformers_loads_factors_in_a_fresh_process(fresh, switch):
+    folder, kind, ours = fresh["factors-exact"]
+    assert kind == "MsmoeSwitchForConditionalGeneration"
+    assert f"{LAYERS[1]}.experts.wi.U" in load_tensors(folder)
+    torch.testing.assert_close(ours, logits_of(with_merged_experts(switch, folder), BATCH), rtol=1e-4, atol=1e-4)
+
+
+def test_factors_multiplied_out_are_a_stock_checkpoint_that_computes_the_same(fresh):
+    _, kind, ours = fresh["factors-native"]
+    assert kind == "SwitchTransformersForConditionalGeneration"
+    torch.testing.assert_close(ours, fresh["stored-exact"][2], rtol=1e-4, atol=1e-4)
 
 
 def test_the_stock_class_loads_the_native_export_in_a_fresh_process(fresh):

@@ -222,7 +222,7 @@ def expert_maps(family: Family, source: Checkpoint, stats: Stats | None) -> dict
         before = read_provenance(source).get("source", {}).get("fingerprint")
         if stats.checkpoint.get("fingerprint") != before:
             stats.check_against(source)
-        if source.model_type != family.compressed_model_type:
+        if source.model_type != family.compressed_model_type and (source.path / "plan.json").exists():
             plan = Plan.load(source.path / "plan.json")
     maps = {}
     for layer, _ in family.stored_layers(source):

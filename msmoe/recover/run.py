@@ -37,6 +37,7 @@ from msmoe.recover.save import write_recovered
 from msmoe.recover.state import load_tensors, optimizer_tensors, restore, save_tensors
 from msmoe.recover.teacher import CachedTeacher, LiveTeacher, fill_cache
 
+SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")  # accelerate's names of data parallelism
 Progress = Callable[..., None]  # (steps done, steps in all, note)
 
 
@@ -136,6 +137,9 @@ class Trainer:
         self.family = family_of_student(self.source)
         self.train_records, self.held_out = load_split(self.source, data, validation, options)
         self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+        if self.accelerator.distributed_type not in SUPPORTED:
+            kind = self.accelerator.distributed_type.value
+            raise UserError(f"recover runs in one process or in data-parallel ones, not on {kind}")
         self.order = BatchOrder(
             self.train_records,
             options.batch_size * options.accumulate * self.accelerator.num_processes,
@@ -296,7 +300,8 @@ class Trainer:
         sums = self.summed(sums) / num_tokens
         norm = accelerator.clip_grad_norm_(self.parameters.values(), options.clip)
         norm = float(norm) if norm is not None else 0.0
-        if not (sums.isfinite().all() and norm < float("inf")):
+        scaled = accelerator.scaler is not None  # a float16 gradient that overflows: the scaler skips the step
+        if not (sums.isfinite().all() and (norm < float("inf") or scaled)):
             what = f"loss is {float(sums[0])}" if not sums.isfinite().all() else f"gradient's norm is {norm}"
             states = sorted(self.folder.glob("state-*.safetensors"))
             last_good = int(states[-1].stem.split("-")[1]) if states else 0
@@ -423,6 +428,7 @@ class Trainer:
             for name, pruner in self.pruners.items():
                 pruner.kept = best.pop(f"kept/{name}").bool()
                 best[f"{name}.S"], best[f"{name}.rows"] = pruner.compact(best[f"{name}.S"])
+            best |= {alias: best[name] for alias, name in aliases(self.model).items() if name in best}
             sizes = write_recovered(
                 self.source, self.out, best, self.family, recovery=self.describe(), log=log, force=self.force,
                 factors=self.new_factors,
@@ -497,6 +503,13 @@ def trainable_parameters(model: Any, family: Family | None, train: str) -> dict[
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
     return chosen
+
+
+def aliases(model: Any) -> dict[str, str]:
+    """Other names of tied parameters -> their first name; checkpoints may store either."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
 
 
 def adamw(parameters: dict[str, nn.Parameter], options: RecoverOptions) -> torch.optim.AdamW:

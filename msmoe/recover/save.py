@@ -35,7 +35,8 @@ def write_recovered(
         parameters and bytes written.
     """
     before = read_provenance(source)
-    kind = before.get("export", "original")
+    compressed = family is not None and source.model_type == family.compressed_model_type
+    kind = "exact" if compressed else before.get("export", "original")
     layout = Export(kind, dict(source.config))
     dropped: dict[str, str] = {}
     for layer, matrices in factors.items():

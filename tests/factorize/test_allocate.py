@@ -45,14 +45,14 @@ CURVE = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 60)), min_size=1, 
 CURVES = st.lists(CURVE, min_size=1, max_size=4)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(CURVES)
 def test_at_every_corner_of_the_hulls_the_allocation_is_the_best_there_is(curves):
     for budget in budgets_of_prices(curves):
         assert error_of(allocate(curves, budget)) == best_by_brute_force(curves, budget)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(CURVES, st.integers(0, 100))
 def test_the_budget_is_kept_and_used_at_least_as_well_as_the_corner_below_it(curves, extra):
     smallest = sum(min(o.num_bytes for o in one) for one in curves)
@@ -99,7 +99,7 @@ def test_a_budget_below_the_smallest_allocation_is_refused_with_its_size(curves,
         allocate(curves, smallest - missing)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(CURVE)
 def test_the_hull_is_convex_and_lies_below_every_option(one):
     hull = lower_hull(one)

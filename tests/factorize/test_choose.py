@@ -1,6 +1,7 @@
 """Ranks and rows chosen by a fixed rank, by energy or by a budget, and options that cannot be."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -185,4 +186,4 @@ def test_a_larger_budget_is_expected_to_lose_less(switch, stats, tmp_path):
         factorize(switch, tmp_path / str(ratio), stats=stats, target_ratio=ratio).predicted_error
         for ratio in (0.66, 0.7, 0.8, 0.9)
     ]
-    assert all(a > b > 0 for a, b in zip(errors, errors[1:], strict=False))
+    assert all(a > b > 0 for a, b in pairwise(errors))

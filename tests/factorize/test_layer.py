@@ -1,5 +1,7 @@
 """From calibration tokens to factors: which tokens count, how much, and what is solved with them."""
 
+import json
+
 import pytest
 import torch
 from tiny import LAYERS, load_tensors, profile_small, stored_stack
@@ -175,6 +177,35 @@ def test_without_refit_a_dense_matrix_is_copied_bit_for_bit(exact, stats, tmp_pa
     assert {m["refit"] for m in report.matrices if m["matrix"] == "wi"} == {None}
     for layer in LAYERS[1:]:
         assert torch.equal(after[f"{layer}.experts.wo"], before[f"{layer}.experts.wo"])
+
+
+@pytest.fixture(scope="module")
+def scarce(switch, data):
+    """Statistics of one record: many experts saw nothing."""
+    return profile_small(switch, data, samples=1)
+
+
+def test_an_expert_that_no_token_reached_is_factorised_as_without_tokens(switch, scarce, tmp_path):
+    report = factorize(switch, tmp_path / "out", stats=scarce, rank=3, keep_rows=0.0)
+    before, after = load_tensors(switch), load_tensors(tmp_path / "out")
+    idle = [(layer, e) for layer in LAYERS[1:] for e in range(6) if scarce.layers[layer].dispatched[e] == 0]
+    assert len(idle) > 2
+    for layer, e in idle:
+        wo = before[f"{layer}.experts.expert_{e}.wo.weight"]
+        u, s, vt = torch.linalg.svd(wo, full_matrices=False)
+        expected = u[:, :3] @ s[:3].diag() @ vt[:3]
+        torch.testing.assert_close(stored_stack(after, f"{layer}.experts.wo")[e], expected, rtol=1e-3, atol=1e-5)
+        entries = [m for m in report.matrices if (m["layer"], m["expert"]) == (layer, e)]
+        assert [entry["output_error"] for entry in entries] == [None, None]
+
+
+def test_what_is_recorded_of_experts_without_tokens_is_standard_json(switch, scarce, tmp_path):
+    factorize(switch, tmp_path / "out", stats=scarce, rank=3)
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    json.loads((tmp_path / "out" / "msmoe.json").read_text(), parse_constant=refuse)
 
 
 @pytest.mark.parametrize("options", [{"rank": 4}, {"target_ratio": 0.75}])

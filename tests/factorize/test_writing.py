@@ -1,6 +1,7 @@
 """Factorised checkpoints on disk: sizes, contents, exports, repeatability, and inputs that are refused."""
 
 import json
+import resource
 import shutil
 
 import pytest
@@ -28,6 +29,7 @@ from msmoe.inspect import inspect
 from msmoe.loading import load
 from msmoe.modeling.modeling_msmoe import FactorizedWeight
 from msmoe.plan import Plan
+from msmoe.verify import reference_model
 
 BATCH = random_records(5, seed=9, longest=20)
 CASES = [("switch", "exact"), ("switch", "native"), ("exact", "exact"), ("native", "exact"), ("native", "native")]
@@ -121,6 +123,14 @@ def test_the_loaded_model_computes_what_the_stock_model_does_with_factors_multip
     ours = load(written[source, "exact"].out)
     scale = float(logits_of(stock, BATCH).abs().max())
     torch.testing.assert_close(logits_of(ours, BATCH), logits_of(stock, BATCH), rtol=0, atol=2e-5 * scale)
+
+
+def test_the_reference_that_the_package_offers_computes_the_same(written, switch):
+    report = written["exact", "exact"]
+    wanted = logits_of(reference_model(switch, report.out), BATCH)
+    torch.testing.assert_close(
+        logits_of(load(report.out), BATCH), wanted, rtol=0, atol=2e-5 * float(wanted.abs().max())
+    )
 
 
 def test_the_loaded_model_holds_factors_not_matrices(written):
@@ -245,9 +255,10 @@ def test_kept_rows_of_a_half_precision_checkpoint_are_exact_to_rounding(tmp_path
             assert ((dense[e] - weight).abs() <= allowed)[rows].all()
 
 
-def test_a_factorised_native_checkpoint_can_be_factorised_again(switch, stats, tmp_path):
-    first = factorize(switch, tmp_path / "first", stats=stats, rank=2, keep_rows=0.0, export="native")
-    again = factorize(first.out, tmp_path / "again", rank=6, keep_rows=0.0)  # beyond the rank of wi and wo
+def test_a_factorised_native_checkpoint_can_be_factorised_again(tmp_path):
+    source = save_switch(tmp_path / "ckpt", d_ff=64)
+    first = factorize(source, tmp_path / "first", rank=2, keep_rows=0.0, export="native")
+    again = factorize(first.out, tmp_path / "again", rank=12, keep_rows=0.0)  # far beyond the rank of wi and wo
     assert max(entry["weight_error"] for entry in again.matrices) < 1e-5
     assert all(t.isfinite().all() for t in load_tensors(again.out).values())
 
@@ -470,6 +481,17 @@ def test_nan_weights_are_named_and_nothing_is_left(options, copied, stats, tmp_p
     with pytest.raises(UserError, match=f"tensor {key} of .* holds NaN or infinite"):
         factorize(copied, tmp_path / "out", stats=stats, **options)
     assert [file.name for file in tmp_path.iterdir()] == ["copied"]
+
+
+def test_a_disk_that_fills_up_while_decompositions_are_kept_is_reported(exact, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))  # bytes of a file
+    try:
+        with pytest.raises(UserError, match="cannot write .*out.spectra"):
+            factorize(exact, tmp_path / "out", energy=0.7, workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_without_experts_is_refused(copied, tmp_path):

@@ -38,6 +38,12 @@ def factorised(student, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def crowded(tmp_path_factory):
+    """As `teacher`, with so many experts that every batch leaves some without a token."""
+    return save_switch(tmp_path_factory.mktemp("crowded") / "ckpt", **QUIET | {"num_experts": 12})
+
+
+@pytest.fixture(scope="session")
 def dense(tmp_path_factory):
     """A T5 checkpoint of the same vocabulary, no dropout."""
     torch.manual_seed(5)

@@ -1,11 +1,13 @@
 """Gradual pruning of kept rows: the schedule, the scores, and that compact rows are the masked function."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import batch_of, logits_of, random_records
-from trials import LAYERS, SHORT, Stopped, short, split_of, stop_after
+from trials import LAYERS, SHORT, short, split_of, stop_after
 
 from msmoe.factorize import FactorShape
 from msmoe.loading import load
@@ -41,7 +43,7 @@ def test_the_number_of_rows_never_rises_and_ends_at_the_final_one(steps, warmup,
     kept = [
         rows_kept(t, steps=steps, start=start, final=final, warmup=warmup, cooldown=cooldown) for t in range(steps + 1)
     ]
-    assert all(a >= b for a, b in zip(kept, kept[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(kept))
     assert all(final <= k <= start for k in kept)
     assert kept[-1] == final
 
@@ -162,7 +164,7 @@ def test_factors_in_memory_leave_the_logits_as_they_were(student):
 def test_factors_in_memory_state_the_rows_that_will_be_left(student):
     # a quarter of the 24 rows of wi and of the 16 rows of wo
     shapes = factorize_in_place(load(student), 3, 0.25, skip=[], itemsize=4)
-    assert shapes == dict.fromkeys(LAYERS, {"wi": [3, 6], "wo": [3, 4]})
+    assert shapes == {name: {"wi": [3, 6], "wo": [3, 4]} for name in LAYERS}
 
 
 def test_skipped_layers_stay_dense(student):
@@ -176,11 +178,11 @@ def test_a_stack_that_would_not_shrink_stays_dense(student):
     # rank 6 needs 6 * 40 = 240 numbers; rows: wi round(.35 * 24) = 8 of 16, wo round(.35 * 16) = 6 of 24 numbers;
     # bytes with row indices: wi 4 (240 + 128) + 32 = 1504, wo 4 (240 + 144) + 24 = 1560; dense 4 * 384 = 1536
     shapes = factorize_in_place(load(student), 6, 0.35, skip=[], itemsize=4)
-    assert shapes == dict.fromkeys(LAYERS, {"wi": [6, 8]})
+    assert shapes == {name: {"wi": [6, 8]} for name in LAYERS}
 
 
 def scores_after_one_step(checkpoint, out, **options) -> dict[str, torch.Tensor]:
-    with pytest.raises(Stopped):
+    with pytest.raises(KeyboardInterrupt):
         short(checkpoint, out, keep_rows=0.25, save_every=1, progress=stop_after(1), **options)
     tensors, _ = load_tensors(out.with_name(f"{out.name}.training") / "state-00000001.safetensors")
     return {k.removeprefix("scores/"): t for k, t in tensors.items() if k.startswith("scores/")}
@@ -216,7 +218,7 @@ def row_counts(folder) -> list[tuple[int, list[int]]]:
 def test_rows_fall_step_by_step_as_the_schedule_says(factorised, lessons, tmp_path):
     # 20 steps, warm-up int(.1 * 20) = 2, cool-down int(.4 * 20) = 8: after step 6 (6 - 2)/(20 - 10) = .4 of the way,
     # (1 - .4)^3 = .216: wi round(6 + 6 * .216) = 7 of 12 rows, wo round(4 + 4 * .216) = 5 of 8
-    with pytest.raises(Stopped):
+    with pytest.raises(KeyboardInterrupt):
         short(
             factorised, tmp_path / "out", data=lessons, teacher=None, keep_rows=0.25, prune_warmup=0.1, prune_final=0.4,
             steps=20, save_every=6, progress=stop_after(6),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import logits_of, random_records, write_records
-from trials import Stopped, edited, lesson, read_log, short, stop_after, values_of
+from trials import edited, lesson, read_log, short, stop_after, values_of
 
 from msmoe.errors import UserError
 from msmoe.loading import load
@@ -36,22 +36,22 @@ KILLED = """
 
     for folder, job in json.loads(sys.argv[1]).items():
         folder = Path(folder)
-        assert os.waitpid(child(out=folder / "whole", **job), 0)[1] == 0
-        process = child(out=folder / "out", **job)
+        whole, process = (child(out=folder / name, **job) for name in ("whole", "out"))
         late = lambda: any(int(f.stem[6:]) >= 6 for f in (folder / "out.training").glob("state-*.safetensors"))
         while not late():
             time.sleep(0.001)
         os.kill(process, signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(process, 0)[1]) == signal.SIGKILL, "the run ended before it could be killed"
-        shutil.copytree(folder / "out.training", folder / "left" / "out.training")
+        assert os.waitpid(whole, 0)[1] == 0
         (folder / "names").write_text(json.dumps([file.name for file in folder.iterdir()]))
+        shutil.copytree(folder / "out.training", folder / "left" / "out.training")
         assert os.waitpid(child(out=folder / "out", resume=True, **job), 0)[1] == 0
 """
 
 
 @pytest.fixture(scope="module")
 def killed_runs(student, factorised, teacher, lessons, tmp_path_factory):
-    """Name -> folder with an untouched run `whole`, what a killed one left, and `out` of the killed one gone on with."""
+    """Name -> folder with an untouched run, what a killed one left, and `out`, gone on with; and its options."""
     work = tmp_path_factory.mktemp("killed")
     common = {
         "data": lessons, "teacher": teacher, "steps": NUM_STEPS, "batch_size": 8, "learning_rate": 3e-3,
@@ -78,7 +78,7 @@ def killed(request, killed_runs):
 
 def test_a_killed_run_leaves_no_output(killed):
     folder, _ = killed
-    assert set(json.loads((folder / "names").read_text())) == {"whole", "whole.training", "out.training", "left"}
+    assert set(json.loads((folder / "names").read_text())) == {"whole", "whole.training", "out.training"}
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(killed):
@@ -106,7 +106,7 @@ def test_tensorboard_shows_each_step_once_after_a_kill(killed):
 def test_a_killed_run_leaves_a_state_and_the_best_weights_that_it_names(killed):
     left = killed[0] / "left" / "out.training"
     newest = sorted(left.glob("state-*.safetensors"))[-1]
-    tensors, about = load_tensors(newest)
+    _, about = load_tensors(newest)
     assert about["step"] == int(newest.stem[6:])
     assert load_tensors(left / f"best-{about['best_step']:08d}.safetensors")[1] == {"step": about["best_step"]}
 
@@ -147,7 +147,7 @@ def test_records_that_changed_sides_are_other_data(dense, tmp_path):
         return {side: write_records(tmp_path / f"{side}-{count}.jsonl", part) for side, part in parts.items()}
 
     choices = {"teacher": None, "train": "all", "batch_size": 4}
-    with pytest.raises(Stopped):
+    with pytest.raises(KeyboardInterrupt):
         short(dense, tmp_path / "out", **sides(8), **choices, progress=stop_after(2))
     with pytest.raises(UserError, match=r"out\.training was left by a run with other inputs"):
         short(dense, tmp_path / "out", **sides(7), **choices, resume=True)
