@@ -122,19 +122,20 @@ def merge_and_factorize(
     if out.exists() and not force:
         raise UserError(f"{out} exists; use --force to replace it")
     if stats is None:
-        raise UserError("this plan needs --stats: its factors weigh errors by what the experts see")
+        raise UserError("this plan needs --stats to factorise the merged experts")
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
     merged_plan = without_factors(plan)
     merged_plan = predict(family, source, merged_plan, export=how["export"])
     merged = out.with_name(f"{out.name}.merged")
     budget = options.budget(source.num_bytes) if options.is_budget else None
     try:
-        if how["resume"] and (merged / "plan.json").exists() and Plan.load(merged / "plan.json") == merged_plan:
+        if how["resume"] and is_finished(merged, merged_plan, how["router"]):
             report = merged_report(merged)
         else:
             report = merge(source, family, merged_plan, merged, stats=stats, force=True, **how)
+        kept = [layer.name for layer in family.layers(source) if layer.name not in plan.layers]
         factors = factorize(
-            merged, out, stats=stats, keep_layers=plan.parameters.get("keep_layers") or ["none"],
+            merged, out, stats=stats, keep_layers=kept or ["none"],
             export=how["export"], original=source.path, force=force, resume=how["resume"],
             max_shard_bytes=how["max_shard_bytes"], workers=how["workers"], progress=how["progress"], plan=plan,
             **asdict(replace(options, target_bytes=budget, target_ratio=None)),
@@ -199,13 +200,20 @@ def merge(
         checksums = (value for note in notes for value in note["crc32"])
         verify(writer.partial, {(slot.tensor, slot.index): c for slot, c in zip(slots, checksums, strict=True)})
         drop_rates = capacity_drop_rates(layout, plan, stats, source)
-        write_metadata(writer, layout, sources, notes, routers, drop_rates)
+        write_metadata(writer, layout, sources, notes, router, routers, drop_rates)
     return ApplyReport(writer.out, notes, routers, drop_rates, layout.num_parameters, layout.num_bytes)
 
 
 def without_factors(plan: Plan) -> Plan:
     """The merging half of a plan that merges and factorises."""
     return replace(plan, parameters=plan.parameters | dict.fromkeys(SIZES))
+
+
+def is_finished(merged: Path, plan: Plan, router: str) -> bool:
+    """Whether a killed run left the complete merge of a plan, with routers of the kind asked for."""
+    if not (merged / "plan.json").exists() or Plan.load(merged / "plan.json") != plan:
+        return False
+    return json.loads((merged / "msmoe.json").read_text(encoding="utf-8")).get("router") == router
 
 
 def merged_report(merged: Path) -> ApplyReport:

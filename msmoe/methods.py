@@ -223,6 +223,11 @@ def check_request(
         check_rank(parameters.factors, list(zip(compressible, counts, strict=True)))
         if export == "dense" or (export == "native" and parameters.factors.is_budget):
             raise UserError(f"--export {export} cannot store factors: choose exact, or native with --rank or --energy")
+        if parameters.factors.is_budget:
+            maps = 8 * sum(layer.num_experts for layer in layers)
+            dense = expert_bytes([(layer, layer.num_experts) for layer in compressible])
+            stored = list(zip(compressible, counts, strict=True))
+            check_budget(parameters.factors, stored, others=checkpoint.num_bytes - dense + maps, source=checkpoint)
     if export != "exact" and (kept or parameters.budget != "uniform") and set(counts) != {1}:
         raise UserError(f"--export {export} needs --budget uniform --keep-layer none")
 

@@ -43,6 +43,7 @@ def write_metadata(
     layout: Export,
     sources: Sources,
     groups: list[dict],
+    router: str,
     routers: dict[str, RouterFit],
     drop_rates: dict[str, tuple[float, float]],
 ) -> None:
@@ -57,6 +58,7 @@ def write_metadata(
         "stats": plan.stats,
         **sizes(source, layout, plan),
         "groups": groups,
+        "router": router,
         "routers": {name: {"agreement": fit.agreement, "gate_error": fit.gate_error} for name, fit in routers.items()},
         "drop_rates": {name: {"before": rate[0], "after": rate[1]} for name, rate in drop_rates.items()},
     }

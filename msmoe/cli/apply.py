@@ -66,7 +66,7 @@ def print_report(report, *, as_json: bool) -> None:
     for name in dict.fromkeys([g["layer"] for g in report.groups] + list(report.routers)):
         groups = [g for g in report.groups if g["layer"] == name]
         moved = [match["share_moved"] for g in groups for match in g.get("alignment", {}).values()]
-        refits = [g["refit"] for g in groups if g.get("refit", {}).get("num_held_out")]
+        refits = [g["refit"] for g in groups if g.get("refit", {}).get("error_before") is not None]
         held_out = sum(r["num_held_out"] for r in refits)
         before = sum(r["error_before"] * r["num_held_out"] for r in refits) / held_out if held_out else None
         after = sum(r["error_after"] * r["num_held_out"] for r in refits) / held_out if held_out else None

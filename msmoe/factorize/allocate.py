@@ -27,16 +27,13 @@ class Option(NamedTuple):
     error: float
 
 
-def curve(
-    decomposition: Decomposition, num_inputs: int, *, itemsize: int, max_rank: int, unit: float = 1.0
-) -> list[Option]:
+def curve(decomposition: Decomposition, num_inputs: int, *, itemsize: int, max_rank: int) -> list[Option]:
     """Error and bytes of a stack of experts at many shapes, and as it is.
 
     Args:
         decomposition: of the G matrices, to `max_rank` at least.
         itemsize: bytes of a stored number.
         max_rank: largest rank worth storing, see `largest_rank`; 0 leaves only the dense option.
-        unit: what errors are divided by.
     """
     num_experts, num_outputs = decomposition.row_energy.shape
     options = [Option(None, num_experts * num_outputs * num_inputs * itemsize, 0.0)]
@@ -49,7 +46,7 @@ def curve(
             if shape.saves(num_outputs, num_inputs, itemsize):
                 left = float(errors[-1] - errors[num_rows - 1]) if num_rows else float(errors[-1])
                 size = num_experts * shape.num_bytes(num_outputs, num_inputs, itemsize)
-                options.append(Option(shape, size, max(left, 0.0) / unit))
+                options.append(Option(shape, size, max(left, 0.0)))
     return options
 
 
@@ -71,7 +68,9 @@ def allocate(curves: Sequence[Sequence[Option]], budget: int) -> list[Option]:
     )
     for _, i, _, before, after in steps:
         extra = after.num_bytes - before.num_bytes
-        if chosen[i] is before and spent + extra <= budget:
+        if spent + extra > budget:
+            break
+        if chosen[i] is before:
             chosen[i] = after
             spent += extra
     while (exchange := best_exchange(curves, chosen, budget - spent)) is not None:

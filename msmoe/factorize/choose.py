@@ -1,5 +1,6 @@
 """Ranks and numbers of kept rows of every matrix: fixed, by energy, or the best that a budget of bytes buys."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ def choose_shapes(
     """Shapes of every matrix, and the summed output error that a budget expects."""
     options = sources.options
     if options.rank is not None:
+        shutil.rmtree(scratch, ignore_errors=True)  # left by a killed run that had its ranks to choose
         return fixed_shapes(options, layers), None
     budget, others = None, 0
     if options.is_budget:
@@ -49,10 +51,14 @@ def choose_shapes(
         layout = factor_layout("exact", family, source, family.stored_layers(source), {})
         others = layout.num_bytes - expert_bytes(layers)
         budget = check_budget(options, layers, others=others, source=source)
-    if not resume:
+    digest = sources.stats.digest if sources.stats else None
+    identity = json.dumps([options.svd, sources.checkpoint.fingerprint, digest])
+    marker = scratch / "identity.json"
+    if not resume or not marker.exists() or marker.read_text(encoding="utf-8") != identity:
         shutil.rmtree(scratch, ignore_errors=True)
     with explain_os_errors(scratch):
         scratch.mkdir(parents=True, exist_ok=True)
+        marker.write_text(identity, encoding="utf-8")
     curves: dict[tuple[str, str], list[Option]] = {}
     shapes: dict[str, LayerFactors] = {layer.name: {} for layer, _ in layers}
     stacked = in_order(lambda job: decompose_layer(sources, job[0], job[1], scratch), list(layers), workers)
@@ -78,9 +84,12 @@ def choose_shapes(
 
 
 def energy_rank(decomposition: Decomposition, energy: float) -> int:
-    """Smallest rank that holds a share of the energy of all experts of a stack together."""
+    """Smallest rank that holds a share of the energy of all experts of a stack together.
+
+    One more than the decomposition has if none of its ranks does.
+    """
     held = decomposition.energy.sum(0).cumsum(0)
-    return min(int((held < energy * decomposition.row_energy.sum() * (1 - 1e-9)).sum()) + 1, len(held))
+    return int((held < energy * decomposition.row_energy.sum() * (1 - 1e-9)).sum()) + 1
 
 
 def expert_bytes(layers: Sequence[tuple[MoELayer, int]]) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 RIDGE = 1e-2  # of the mean diagonal of X^T X: directions that few tokens show are not given up
 TINY = 1e-300
+NOISE = 1e-13  # of the largest energy: below it an eigenvalue of the Gram matrix is rounding, and has no vector
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,10 @@ def decompose(
     roots = torch.stack([gram_root(x, num_inputs, ridge) for x in tokens]).to(weights.device)
     matrices = matrices @ roots
     energy, right = torch.linalg.eigh(matrices.mT @ matrices)
-    energy, right = energy.flip(-1).clamp(min=0), right.flip(-1)
-    left = (matrices @ right).div_(energy.clamp(min=TINY).sqrt()[:, None])
+    energy, right = energy.flip(-1), right.flip(-1)
+    energy = torch.where(energy > NOISE * energy[:, :1], energy, 0.0)
+    left = matrices @ right
+    left = torch.where(energy[:, None] > 0, left / energy.clamp(min=TINY).sqrt()[:, None], 0.0)
     return Decomposition(left.float(), energy, matrices.square().sum(-1), scale)
 
 

@@ -24,7 +24,7 @@ class Factors(NamedTuple):
     rows: Tensor  # (G, K) int32, ascending
 
     def dense(self) -> Tensor:
-        """The matrices (G, O, I) that the factors stand for, float32."""
+        """The matrices (G, O, I) that the factors stand for, float32; of one expert alone, its matrix (O, I)."""
         index = self.rows.long()[..., None].expand_as(self.s)
         return (self.u.float() @ self.v.float()).scatter_add(-2, index, self.s.float())
 

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from msmoe.calibration.sample import TokenSample
 from msmoe.calibration.stats import Stats
 from msmoe.checkpoint import Checkpoint, to_dtype
-from msmoe.checkpoint.writer import explain_os_errors
+from msmoe.errors import UserError
 from msmoe.factorize.decompose import Decomposition, decompose
 from msmoe.factorize.factors import Factors, truncate
 from msmoe.factorize.measures import MatrixReport, stable_rank
@@ -104,10 +105,12 @@ def decompose_layer(
     }
     if file:
         tensors = {f"{m}/{n}": t.contiguous() for m, stack in stacks.items() for n, t in vars(stack).items()}
-        with explain_os_errors(file):
-            partial = file.with_suffix(".partial")
+        partial = file.with_suffix(".partial")
+        try:
             save_file(tensors, partial)
             os.replace(partial, file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write {file}: {error}") from error
     return stacks
 
 

@@ -51,4 +51,6 @@ def stable_rank(weight: Tensor) -> float:
 def spectral_norm(weight: Tensor) -> float:
     """Largest singular value of a matrix (O, I): the root of the largest eigenvalue of its smaller Gram matrix."""
     thin = weight if weight.shape[0] <= weight.shape[1] else weight.T
-    return float(torch.linalg.eigvalsh((thin @ thin.T).double())[-1].clamp(min=0).sqrt())
+    largest = float(thin.abs().max())
+    thin = thin / largest  # squares of small weights vanish in float32
+    return largest * float(torch.linalg.eigvalsh((thin @ thin.T).double())[-1].clamp(min=0).sqrt())

@@ -53,6 +53,8 @@ class FactorOptions:
         given = [f"--{name.replace('_', '-')}" for name, value in sizes.items() if value is not None]
         if len(given) > 1:
             raise UserError(f"give one of {', '.join(given)}, not {len(given)}")
+        if isinstance(self.rank, float):
+            raise UserError(f"--rank must be a whole number, got {self.rank:g}")
         if self.rank is not None and self.rank < 1:
             raise UserError(f"--rank must be at least 1, got {self.rank}")
         if not 0 <= self.keep_rows <= 1:

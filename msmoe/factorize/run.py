@@ -4,10 +4,11 @@ With a budget all matrices are decomposed first and kept beside the output; thei
 nothing is decomposed twice.
 """
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -103,34 +104,54 @@ def factorize(
     scratch = Path(out).with_name(f"{Path(out).name}.spectra")
     if Path(out).exists() and not force:
         raise UserError(f"{out} exists; use --force to replace it")
-    shapes, predicted_error = choose_shapes(sources, chosen, scratch, workers=workers, resume=resume)
-    layout = factor_layout(export, family, source, stored, shapes)
-    identity = json.dumps([asdict(chosen_options), source.fingerprint, export, shapes, stats.digest if stats else None])
-    writer = CheckpointWriter(
-        out, layout.tensors, identity=identity, force=force, resume=resume, max_shard_bytes=max_shard_bytes
-    )
-    with writer:
-        for slot, name in layout.copies:
-            if slot.tensor not in writer.done:
-                writer.copy(slot.tensor, source, name, index=slot.index)
-        num_experts = {layer.name: layer.num_experts for layer, _ in stored}
-        for layer, name in layout.maps.items():
-            writer.write(name, torch.arange(num_experts[layer]))
-        write_experts(writer, layout, sources, chosen, shapes, scratch, workers=workers, progress=progress)
-        notes = [writer.notes[f"{layer.name}/{g}"] for layer, count in chosen for g in range(count)]
-        verify(writer.partial, {(name, index): crc for note in notes for name, index, crc in note["crc32"]})
-        matrices = [matrix for note in notes for matrix in note["matrices"]]
-        if original is not None:
-            matrices = with_ranks_before(matrices, Checkpoint(original), family, source, workers=workers)
-        described = output_plan(plan, source, family, chosen_options, layout)
-        write_factor_metadata(
-            writer, layout, source, family, described, options=asdict(chosen_options), matrices=matrices, stats=stats
-        )
-    shutil.rmtree(scratch, ignore_errors=True)
+    with removed_on_error(scratch):
+        shapes, predicted_error = choose_shapes(sources, chosen, scratch, workers=workers, resume=resume)
+        layout = factor_layout(export, family, source, stored, shapes)
+        identity = [asdict(chosen_options), source.fingerprint, export, shapes, stats.digest if stats else None]
+        writer = CheckpointWriter(
+            out, layout.tensors, identity=json.dumps(identity), force=force, resume=resume,
+            max_shard_bytes=max_shard_bytes,
+        )  # fmt: skip
+        with writer:
+            copy_unchanged(writer, layout, source, stored)
+            write_experts(writer, layout, sources, chosen, shapes, scratch, workers=workers, progress=progress)
+            notes = [writer.notes[f"{layer.name}/{g}"] for layer, count in chosen for g in range(count)]
+            verify(writer.partial, {(name, index): crc for note in notes for name, index, crc in note["crc32"]})
+            matrices = [matrix for note in notes for matrix in note["matrices"]]
+            if original is not None:
+                matrices = with_ranks_before(matrices, Checkpoint(original), family, source, workers=workers)
+            described = output_plan(plan, source, family, chosen_options, layout)
+            write_factor_metadata(
+                writer, layout, source, family, described, options=asdict(chosen_options), matrices=matrices,
+                stats=stats,
+            )  # fmt: skip
     dense = tuple((layer.name, m) for layer, _ in chosen for m in MATRICES if m not in shapes.get(layer.name, {}))
     return FactorizeReport(
         writer.out, shapes, dense, matrices, predicted_error, layout.num_parameters, layout.num_bytes
     )
+
+
+@contextlib.contextmanager
+def removed_on_error(scratch: Path) -> Iterator[None]:
+    """Remove a folder in the end and after an error; an interrupt keeps it for a resumed run."""
+    try:
+        yield
+    except Exception:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def copy_unchanged(
+    writer: CheckpointWriter, layout: Export, source: Checkpoint, stored: Sequence[tuple[MoELayer, int]]
+) -> None:
+    """Everything but the factorised experts, byte for byte, and the maps of a checkpoint that had none."""
+    for slot, name in layout.copies:
+        if slot.tensor not in writer.done:
+            writer.copy(slot.tensor, source, name, index=slot.index)
+    num_experts = {layer.name: layer.num_experts for layer, _ in stored}
+    for layer, name in layout.maps.items():
+        writer.write(name, torch.arange(num_experts[layer]))
 
 
 def measure_ranks(
@@ -308,4 +329,5 @@ def output_plan(plan: Plan | None, source: Checkpoint, family: Family, options: 
         return replace(Plan.load(source.path / "plan.json"), predicted=predicted)
     layers = {n.name: LayerPlan.identity(n.num_experts) for n, _ in family.stored_layers(source)}
     checkpoint = {"model_type": source.model_type, "fingerprint": source.fingerprint}
-    return Plan("factorize", asdict(options), 0, checkpoint, {}, layers, predicted)
+    parameters = asdict(options) | {"refit": "independent" if options.refit else "none"}
+    return Plan("factorize", parameters, 0, checkpoint, {}, layers, predicted)

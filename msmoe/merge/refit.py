@@ -10,6 +10,7 @@ MergeMoE (arXiv 2510.14436), which solves for equal gates and without a ridge.
 Shapes: T tokens, N fitted tokens, F d_ff, D d_model.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,8 +43,9 @@ class Refit:
     error_after: float
 
     def describe(self) -> dict:
-        """Everything but the matrix."""
-        return {name: value for name, value in vars(self).items() if name != "wo"}
+        """Everything but the matrix; errors that are unknown are None."""
+        known = lambda value: None if isinstance(value, float) and math.isnan(value) else value
+        return {name: known(value) for name, value in vars(self).items() if name != "wo"}
 
 
 def refit_output(

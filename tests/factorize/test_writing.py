@@ -487,7 +487,7 @@ def test_a_disk_that_fills_up_while_decompositions_are_kept_is_reported(exact, t
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))  # bytes of a file
     try:
-        with pytest.raises(UserError, match="cannot write .*out.spectra"):
+        with pytest.raises(UserError, match=r"cannot write .*out\.spectra"):
             factorize(exact, tmp_path / "out", energy=0.7, workers=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
