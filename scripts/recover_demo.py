@@ -22,6 +22,7 @@ from msmoe.families import inspectable_family_of
 
 TASK_RECORDS, TEXT_RECORDS = 1000, 150
 EXPERTS = 4
+ROUTER = {"train": "router", "ce_weight": 0.0, "kd_weight": 1.0, "hidden_weight": 0.0}  # after arXiv 2603.02217
 RECOVERY = {"learning_rate": 1e-3, "batch_size": 32, "kd_weight": 0.2, "hidden_weight": 3.0}
 EXPERT_SHARE = 0.30  # of the bytes of the merged experts, for everything factorised
 
@@ -114,46 +115,51 @@ class Bench:
 
         return self.made(name or f"{student.name}-recovered", make)
 
-    def score(self, path: Path) -> dict:
-        file = self.folder / f"{path.name}.json"
+    def score(self, name: str) -> dict:
+        """Scores of a finished checkpoint, measured once."""
+        file = self.folder / f"{name}.json"
         if not file.exists():
-            file.write_text(json.dumps(measure(path), indent=1) + "\n")
+            file.write_text(json.dumps(measure(self.folder / name), indent=1) + "\n")
         return json.loads(file.read_text())
 
 
-def cells(bench: Bench) -> dict[str, Path]:
-    """Row of the table -> checkpoint."""
-    merged, published = bench.merged("m-smoe-refit"), bench.merged("m-smoe")
-    mc = bench.factorized("mc-smoe-refit", merged)
-    alone = bench.factorized("factorized", CHECKPOINT)
-    pruned = {"rank": 16, "keep_rows": 0.1}
-    return {
-        "M-SMoE as published": published,
-        "M-SMoE as published, recovered": bench.recovered(published),
-        "M-SMoE + refit": merged,
-        "M-SMoE + refit, recovered": bench.recovered(merged),
-        "MC-SMoE as published: rank 16, rows pruned to 10 % in recovery": bench.recovered(
-            published, "pruned", **pruned
+ROWS: dict[str, tuple[str, Callable[[Bench], Path]]] = {  # row of the table -> folder of its checkpoint, how to make it
+    "M-SMoE + refit": ("m-smoe-refit", lambda b: b.merged("m-smoe-refit")),
+    "M-SMoE + refit, recovered": ("m-smoe-refit-recovered", lambda b: b.recovered(b.merged("m-smoe-refit"))),
+    "MC-SMoE + refit, 30 % of the expert bytes": (
+        "mc-smoe-refit",
+        lambda b: b.factorized("mc-smoe-refit", b.merged("m-smoe-refit")),
+    ),
+    "MC-SMoE + refit, 30 % of the expert bytes, recovered": (
+        "mc-smoe-refit-recovered",
+        lambda b: b.recovered(b.factorized("mc-smoe-refit", b.merged("m-smoe-refit"))),
+    ),
+    "factorised without merging, same bytes": ("factorized", lambda b: b.factorized("factorized", CHECKPOINT)),
+    "factorised without merging, same bytes, recovered": (
+        "factorized-recovered",
+        lambda b: b.recovered(b.factorized("factorized", CHECKPOINT)),
+    ),
+    "M-SMoE as published": ("m-smoe", lambda b: b.merged("m-smoe")),
+    "M-SMoE as published, recovered": ("m-smoe-recovered", lambda b: b.recovered(b.merged("m-smoe"))),
+    "MC-SMoE as published: rank 16, rows pruned in recovery": (
+        "pruned",
+        lambda b: b.recovered(b.merged("m-smoe"), "pruned", rank=16, keep_rows=0.1),
+    ),
+    "M-SMoE as published, routers distilled": (
+        "m-smoe-router",
+        lambda b: b.recovered(b.merged("m-smoe"), "m-smoe-router", **ROUTER),
+    ),
+    "M-SMoE + refit, routers distilled": (
+        "m-smoe-refit-router",
+        lambda b: b.recovered(b.merged("m-smoe-refit"), "m-smoe-refit-router", **ROUTER),
+    ),
+    "MC-SMoE + refit, 30 % of the expert bytes, routers distilled": (
+        "mc-smoe-refit-router",
+        lambda b: b.recovered(
+            b.factorized("mc-smoe-refit", b.merged("m-smoe-refit")), "mc-smoe-refit-router", **ROUTER
         ),
-        "MC-SMoE + refit, 30 % of the expert bytes": mc,
-        "MC-SMoE + refit, 30 % of the expert bytes, recovered": bench.recovered(mc),
-        "factorised without merging, same bytes": alone,
-        "factorised without merging, same bytes, recovered": bench.recovered(alone),
-    }
-
-
-def router_cells(bench: Bench) -> dict[str, Path]:
-    """The routers alone, by distillation of the outputs (after arXiv 2603.02217)."""
-    only = {"train": "router", "ce_weight": 0.0, "kd_weight": 1.0, "hidden_weight": 0.0}
-    students = {
-        "M-SMoE as published": bench.merged("m-smoe"),
-        "M-SMoE + refit": bench.merged("m-smoe-refit"),
-        "MC-SMoE + refit, 30 % of the expert bytes": bench.factorized("mc-smoe-refit", bench.merged("m-smoe-refit")),
-    }
-    return {
-        f"{name}, router distilled": bench.recovered(student, f"{student.name}-router", **only)
-        for name, student in students.items()
-    }
+    ),
+}
 
 
 def main() -> None:
@@ -161,7 +167,8 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("build/recover"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--router", action="store_true", help="also train the routers alone, by distillation")
+    parser.add_argument("--rows", nargs="+", choices=[name for name, _ in ROWS.values()], help="make these only")
+    parser.add_argument("--table", action="store_true", help="make nothing: the table of what is there")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     args = parser.parse_args()
     silence_transformers()
@@ -171,8 +178,11 @@ def main() -> None:
     results: dict[str, list[dict]] = {}
     for seed in args.seeds:
         bench = Bench(args.workdir / f"seed-{seed}", data, seed, steps=args.steps)
-        for name, path in (cells(bench) | (router_cells(bench) if args.router else {})).items():
-            results.setdefault(name, []).append(bench.score(path))
+        for row, (name, make) in ROWS.items():
+            if not args.table and (args.rows is None or name in args.rows):
+                make(bench)
+            if (bench.folder / name).exists():
+                results.setdefault(row, []).append(bench.score(name))
     if args.out:
         args.out.write_text(json.dumps({"full": full, "results": results}, indent=1) + "\n")
     print(f"full: exact match {full['exact match']:.4f}, task loss {full['task loss']:.4f}, "
