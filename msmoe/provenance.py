@@ -115,8 +115,18 @@ def write_recovery_metadata(
         "versions": versions(),
         "recovery": recovery,
     }
+    if "factors" in before:  # rows may have been pruned
+        shapes = layout.config.get("factors") or {}
+        matrices = [with_shape(matrix, shapes) for matrix in before["factors"]["matrices"]]
+        provenance["factors"] = before["factors"] | {"matrices": matrices, "measured": "before recovery"}
     write_files(writer, layout, family, source, plan, provenance)
     writer.write_text("training_log.jsonl", log.read_text(encoding="utf-8"))
+
+
+def with_shape(matrix: dict, shapes: dict) -> dict:
+    """The report of a matrix with the rank and rows that the configuration states."""
+    shape = shapes.get(matrix["layer"], {}).get(matrix["matrix"])
+    return matrix if shape is None else matrix | dict(zip(("rank", "num_rows"), shape, strict=True))
 
 
 def read_provenance(source: Checkpoint) -> dict:

@@ -25,6 +25,10 @@ class MetricsLog:
         for name, value in values.items():
             self.board.add_scalar(name.replace("validation_", "validation/"), value, step)
 
+    def flush(self) -> None:
+        """Bring everything to disk, before a state says that these steps are done."""
+        self.board.flush()
+
     def close(self) -> None:
         self.board.close()
 

@@ -18,8 +18,8 @@ class TeacherOutput(NamedTuple):
     """What a teacher said about a batch.
 
     Attributes:
-        log_probabilities: (N, V), or (N, K + 1) of its likeliest tokens and, last, of all others together; at the
-            temperature of the distillation.
+        log_probabilities: (N, V), or (N, K + 1) of its likeliest tokens and, last, of all others together (no such
+            column if K = V); at the temperature of the distillation.
         tokens: (N, K) int64, those tokens; None for the whole vocabulary.
         hidden: per block the hidden states of the valid tokens (T, D); empty without hidden-state term.
     """
@@ -47,18 +47,38 @@ def distillation(logits: Tensor, labels: Tensor, teacher: TeacherOutput, tempera
         labels: (B, S), -100 for padding.
     """
     student = (logits[labels != IGNORE].float() / temperature).log_softmax(-1)
-    if teacher.tokens is not None:
-        kept = student.gather(-1, teacher.tokens)
-        rest = (1 - kept.exp().sum(-1, keepdim=True)).clamp(min=LEAST_MASS).log()
-        student = torch.cat([kept, rest], -1)
     target = teacher.log_probabilities
+    if teacher.tokens is not None:
+        student = with_rest(student, teacher.tokens)
     return temperature**2 * nn.functional.kl_div(student, target, reduction="sum", log_target=True)
 
 
-def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Squared distance of hidden states (T, D) relative to the teacher's square, averaged over tokens and blocks."""
+def with_rest(log_probabilities: Tensor, tokens: Tensor) -> Tensor:
+    """(N, K + 1) log-probabilities of K tokens and, last, of all others together; (N, V) -> (N, K) where K = V.
+
+    The others are summed themselves: one minus the sum of the kept would lose a small remainder to rounding.
+
+    Args:
+        log_probabilities: (N, V); tokens: (N, K) int64.
+    """
+    kept = log_probabilities.gather(-1, tokens)
+    if tokens.shape[-1] == log_probabilities.shape[-1]:
+        return kept
+    others = log_probabilities.scatter(-1, tokens, float("-inf"))
+    return torch.cat([kept, others.logsumexp(-1, keepdim=True)], -1)
+
+
+def hidden_distance(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], num_tokens: Sequence[int] | None = None
+) -> Tensor:
+    """Squared distance of hidden states (T, D) relative to the teacher's square, averaged over tokens and blocks.
+
+    Args:
+        num_tokens: per block, the tokens that the average is over, where those given are a part of them.
+    """
+    counts = num_tokens or [len(s) for s in student]
     distances = [
-        ((s.float() - t.float()).square().sum(-1) / t.float().square().sum(-1).clamp(min=LEAST_MASS)).mean()
-        for s, t in zip(student, teacher, strict=True)
+        ((s.float() - t.float()).square().sum(-1) / t.float().square().sum(-1).clamp(min=LEAST_MASS)).sum() / count
+        for s, t, count in zip(student, teacher, counts, strict=True)
     ]
     return torch.stack(distances).mean()

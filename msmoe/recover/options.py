@@ -66,9 +66,9 @@ class RecoverOptions:
                     "evaluate_every", "save_every", "rank", "max_source_length", "max_target_length")  # fmt: skip
         for name in positive:
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{flag(name)} must be above 0, got {value:g}")
-        for name in ("ce_weight", "kd_weight", "hidden_weight", "weight_decay"):
+            if value is not None and not 0 < value < float("inf"):
+                raise UserError(f"{flag(name)} must be above 0{' and finite' if value > 0 else ''}, got {value:g}")
+        for name in ("ce_weight", "kd_weight", "hidden_weight", "weight_decay", "seed"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{flag(name)} must not be negative, got {getattr(self, name):g}")
         for name in ("warmup", "prune_warmup", "prune_final", "beta"):

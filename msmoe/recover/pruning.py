@@ -9,8 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from msmoe.checkpoint import Checkpoint, to_dtype
+from msmoe.errors import UserError
 from msmoe.factorize import FactorShape, decompose, truncate
+from msmoe.families import Family
 from msmoe.modeling.modeling_msmoe import FactorizedWeight, GroupedSparseMLP
+from msmoe.plan import Plan
+from msmoe.recover.options import RecoverOptions
 
 
 def rows_kept(step: int, *, steps: int, start: float, final: float, warmup: int, cooldown: int) -> float:
@@ -108,3 +113,50 @@ def factorize_in_place(model: Any, rank: int, keep_rows: float, *, skip: Sequenc
             setattr(module.experts, matrix, stack)
             shapes.setdefault(name, {})[matrix] = list(final)
     return shapes
+
+
+def factorize_student(source: Checkpoint, family: Family | None, model: Any, options: RecoverOptions) -> dict:
+    """Factors of dense experts for gradual pruning, where asked for; see `factorize_in_place`.
+
+    Raises:
+        UserError: for a student that is no `exact` checkpoint, or a rank that does not fit or saves nothing.
+    """
+    if options.rank is None:
+        return {}
+    if family is None or source.model_type != family.compressed_model_type:
+        raise UserError(f"--rank needs an exact checkpoint of msmoe as student; {source.path} is none")
+    if source.config.get("factors"):
+        raise UserError(f"{source.path} is factorised already: --keep-rows alone prunes its rows")
+    layers = tuple(layer for layer, _ in family.stored_layers(source))
+    kept: Sequence[str] = family.default_kept_layers(layers)
+    if (source.path / "plan.json").exists():
+        kept = Plan.load(source.path / "plan.json").parameters.get("keep_layers", kept)
+    smallest = min(min(layer.d_model, layer.d_ff) for layer in layers)
+    if options.rank > smallest:
+        raise UserError(f"--rank must be between 1 and {smallest}, got {options.rank}")
+    itemsize = to_dtype(layers[0].dtype).itemsize
+    shapes = factorize_in_place(model, options.rank, options.keep_rows or 1.0, skip=kept, itemsize=itemsize)
+    if not shapes:
+        raise UserError(f"rank {options.rank} with these rows would store more than the dense experts")
+    return shapes
+
+
+def row_pruners(model: Any, options: RecoverOptions) -> dict[str, RowPruner]:
+    """A pruner for every factorised stack, where pruning is asked for.
+
+    Raises:
+        UserError: if there is none, or one has fewer rows than are to be kept.
+    """
+    if options.keep_rows is None:
+        return {}
+    pruners = {}
+    for name, weight in factorized_weights(model):
+        final = round(options.keep_rows * weight.U.shape[1])
+        if final > weight.S.shape[1]:
+            raise UserError(
+                f"--keep-rows {options.keep_rows:g} asks for {final} rows of {name}, which has {weight.S.shape[1]}"
+            )
+        pruners[name] = RowPruner(weight, final=final, score=options.row_score, beta=options.beta)
+    if not pruners:
+        raise UserError("--keep-rows prunes factorised experts, and the student has none: give --rank as well")
+    return pruners

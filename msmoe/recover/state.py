@@ -18,8 +18,12 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of torch's AdamW
 def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
     """Write tensors and a small record beside the final name, then rename."""
     partial = path.with_name(f"{path.name}.partial")
+    content = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
     with explain_os_errors(path):
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, partial, {"about": json.dumps(about)})
+        try:
+            save_file(content, partial, {"about": json.dumps(about)})
+        except SafetensorError as error:  # what the library makes of a full disk
+            raise UserError(f"cannot write {path}: {error}") from error
         os.replace(partial, path)
 
 

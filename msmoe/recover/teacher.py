@@ -17,7 +17,7 @@ from msmoe.calibration.batches import IGNORE, batch_indices, collate
 from msmoe.calibration.records import TokenRecord
 from msmoe.checkpoint import write_whole
 from msmoe.checkpoint.writer import explain_os_errors
-from msmoe.recover.loss import LEAST_MASS, TeacherOutput
+from msmoe.recover.loss import TeacherOutput, with_rest
 
 CACHED_TOKENS = 64  # kept per target token; the mass of all others is kept as one number
 Forward = Callable[..., tuple[Tensor, list[Tensor]]]  # model, batch, hidden -> logits, hidden states
@@ -91,15 +91,16 @@ def fill_cache(
         kept = min(CACHED_TOKENS, teacher.model.config.vocab_size)
         shape = int(starts[-1]), kept
         tokens = np.lib.format.open_memmap(folder / "tokens.npy", "w+", np.int32, shape)
-        values = np.lib.format.open_memmap(folder / "log_probabilities.npy", "w+", np.float32, (shape[0], kept + 1))
+        width = kept + (kept < teacher.model.config.vocab_size)
+        values = np.lib.format.open_memmap(folder / "log_probabilities.npy", "w+", np.float32, (shape[0], width))
         done = 0
         for chosen in batch_indices(records, batch_size):
             batch = {k: t.to(device) for k, t in collate([records[i] for i in chosen], pad_id=pad_id).items()}
-            best, ids = teacher(chosen, batch).log_probabilities.topk(kept, dim=-1)
-            rest = (1 - best.exp().sum(-1, keepdim=True)).clamp(min=LEAST_MASS).log()
+            said = teacher(chosen, batch).log_probabilities
+            ids = said.topk(kept, dim=-1).indices
             rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])
             tokens[rows] = ids.cpu().numpy()
-            values[rows] = torch.cat([best, rest], -1).cpu().numpy()
+            values[rows] = with_rest(said, ids).cpu().numpy()
             done += len(chosen)
             if progress:
                 progress(done, len(records))

@@ -25,8 +25,8 @@ def teacher_of(logits: torch.Tensor, labels: torch.Tensor, temperature: float, *
         return TeacherOutput(full.float())
     order = full.argsort(dim=-1, descending=True)
     best, others = full.gather(-1, order[:, :kept]), full.gather(-1, order[:, kept:])
-    rest = others.logsumexp(-1, keepdim=True) if others.shape[1] else torch.full((len(full), 1), math.log(1e-12))
-    return TeacherOutput(torch.cat([best, rest], -1).float(), order[:, :kept])
+    rest = [others.logsumexp(-1, keepdim=True)] if kept < full.shape[-1] else []
+    return TeacherOutput(torch.cat([best, *rest], -1).float(), order[:, :kept])
 
 
 def random_logits(seed: int, *, size: int = 6, scale: float = 2.0) -> torch.Tensor:

@@ -11,7 +11,7 @@ from msmoe.errors import UserError
 from msmoe.families import FAMILIES
 from msmoe.loading import load
 from msmoe.recover.options import RecoverOptions
-from msmoe.recover.run import adamw, schedule, trainable_parameters
+from msmoe.recover.student import adamw, schedule, trainable_parameters
 
 SWITCH = FAMILIES["switch_transformers"]
 MARKS = {"experts": ".experts.", "router": ".router.", "all": ""}  # what the name of a parameter that moves holds

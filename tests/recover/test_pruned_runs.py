@@ -18,10 +18,11 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> 
 
 
 def finished(trainer):
-    """The report of a run, and the logits of its model after the last step."""
+    """A run after its end, and the logits of its model after the last step."""
     trainer.run(None)
     logits = logits_of(trainer.model.eval(), BATCH)
-    return trainer.finish(), logits
+    trainer.finish()
+    return trainer, logits
 
 
 PRUNED = {"keep_rows": 0.25, "steps": 12, "evaluate_every": 12}
@@ -50,8 +51,8 @@ BOTH = pytest.mark.parametrize("which", ["pruned", "pruned_in_memory"])
 
 @BOTH
 def test_pruned_rows_are_not_stored(which, request):
-    report, _ = request.getfixturevalue(which)
-    stored = load_tensors(report.out)
+    trainer, _ = request.getfixturevalue(which)
+    stored = load_tensors(trainer.out)
     shapes = {name: tuple(t.shape) for name, t in stored.items() if ".experts." in name}
     # rank 4; 24 outputs and 16 inputs for wi, the other way round for wo; a quarter of the outputs is kept
     expected = {}
@@ -65,23 +66,23 @@ def test_pruned_rows_are_not_stored(which, request):
 
 @BOTH
 def test_the_configuration_states_the_rows_that_are_left(which, request):
-    report, _ = request.getfixturevalue(which)
-    assert load(report.out).config.factors == {name: {"wi": [4, 6], "wo": [4, 4]} for name in LAYERS}
+    trainer, _ = request.getfixturevalue(which)
+    assert load(trainer.out).config.factors == {name: {"wi": [4, 6], "wo": [4, 4]} for name in LAYERS}
 
 
 @BOTH
 def test_the_written_rows_give_the_logits_of_the_masked_model(which, request):
-    report, masked = request.getfixturevalue(which)
-    assert report.best_step == 12
-    close(logits_of(load(report.out), BATCH), masked)
+    trainer, masked = request.getfixturevalue(which)
+    assert trainer.best_step == 12
+    close(logits_of(load(trainer.out), BATCH), masked)
 
 
 @BOTH
 def test_pruning_predicts_the_bytes_that_it_writes(which, request):
-    report, _ = request.getfixturevalue(which)
-    size = sum(t.numel() * t.element_size() for t in load_tensors(report.out).values())
-    provenance = json.loads((report.out / "msmoe.json").read_text())
-    assert report.num_bytes == size == provenance["bytes"]["predicted"] == provenance["bytes"]["written"]
+    trainer, _ = request.getfixturevalue(which)
+    size = sum(t.numel() * t.element_size() for t in load_tensors(trainer.out).values())
+    provenance = json.loads((trainer.out / "msmoe.json").read_text())
+    assert size == provenance["bytes"]["predicted"] == provenance["bytes"]["written"]
 
 
 def test_pruning_moves_nothing_but_factors(pruned, factorised):
@@ -101,7 +102,7 @@ def test_rows_that_are_kept_are_rows_that_the_student_had(pruned, factorised):
 
 def test_the_share_of_rows_in_the_log_falls_to_the_final_one(pruned):
     # 12 + 8 rows at the start, 6 + 4 in the end: from all of them to a half; cool-down is one step of 12
-    shares = list(values_of(pruned[0].log, "rows_kept").values())
+    shares = list(values_of(pruned[0].folder / "metrics.jsonl", "rows_kept").values())
     assert shares == sorted(shares, reverse=True)
     assert (shares[0] < 1, shares[-2], shares[-1]) == (True, 0.5, 0.5)
 
@@ -114,12 +115,12 @@ def test_the_model_card_states_the_rows_that_are_left(pruned):
 
 
 def test_without_room_for_a_row_none_is_kept(student, lessons, tmp_path):
-    report, masked = finished(
+    trainer, masked = finished(
         started(student, tmp_path / "out", data=lessons, rank=3, keep_rows=0.01, steps=3, evaluate_every=3)
     )
-    stored = load_tensors(report.out)
+    stored = load_tensors(trainer.out)
     assert {t.shape[1] for name, t in stored.items() if name.endswith((".S", ".rows"))} == {0}
-    close(logits_of(load(report.out), BATCH), masked)
+    close(logits_of(load(trainer.out), BATCH), masked)
 
 
 def test_a_layer_that_the_plan_keeps_is_not_factorised(student, lessons, tmp_path):

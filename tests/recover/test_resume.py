@@ -60,7 +60,7 @@ def killed_runs(student, factorised, teacher, lessons, tmp_path_factory):
     loud = edited(student, work / "loud", dropout_rate=0.2, router_jitter_noise=0.1)
     kinds = {
         "distilled": {"student": loud},
-        "pruned": {"student": factorised, "keep_rows": 0.25, "prune_final": 0.5, "cache_teacher": True},
+        "pruned": {"student": factorised, "keep_rows": 0.25, "prune_final": 0.1, "cache_teacher": True},
     }
     jobs = {str(work / name): common | choices for name, choices in kinds.items()}
     for folder in jobs:

@@ -9,7 +9,7 @@ from trials import QUIET
 from msmoe.calibration.batches import collate
 from msmoe.calibration.records import TokenRecord
 from msmoe.recover.loss import distillation
-from msmoe.recover.run import forward
+from msmoe.recover.student import forward
 from msmoe.recover.teacher import CACHED_TOKENS, CachedTeacher, LiveTeacher, fill_cache
 
 RECORDS = [TokenRecord(r["input_ids"], r["labels"]) for r in random_records(11, seed=5)]

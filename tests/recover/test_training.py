@@ -54,11 +54,12 @@ def moved(before, after) -> set[str]:
 @pytest.fixture(scope="module")
 def dictated(teacher, tmp_path_factory):
     """Records whose targets were drawn from what the teacher says: who comes closer to it has a lower loss on them."""
-    records = lesson(48)
+    # 300 records: a fifth of them tell a gain of a few hundredths per token from the chance of drawing
+    records = lesson(300)
     batch = batch_of(records)
     torch.manual_seed(0)
     written = load(teacher).generate(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=8, min_new_tokens=8,
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=10, min_new_tokens=10,
         do_sample=True, top_k=0,
     )  # fmt: skip
     for record, tokens in zip(records, written.tolist(), strict=True):
@@ -80,7 +81,7 @@ def distilled(student, teacher, dictated, tmp_path_factory):
 
 def test_distillation_brings_the_student_closer_to_the_teacher(distilled):
     losses = list(values_of(distilled[0].log, "distillation").values())
-    assert sum(losses[-6:]) < 0.5 * sum(losses[:6])
+    assert sum(losses[-6:]) < 0.7 * sum(losses[:6])
 
 
 def test_the_written_student_is_closer_to_the_teacher_on_unseen_records(distilled, student, teacher, dictated):
@@ -273,10 +274,10 @@ def test_the_best_step_on_validation_is_written_not_the_last(dense, tmp_path):
         logits[step] = logits_of(trainer.model, BATCH)
 
     trainer.run(keep)
-    report = trainer.finish()
-    losses = values_of(report.log, "validation_loss")
-    assert 0 < report.best_step == min(losses, key=losses.__getitem__) < 16
-    assert torch.equal(logits_of(load(report.out), BATCH), logits[report.best_step])
+    trainer.finish()
+    losses = values_of(trainer.folder / "metrics.jsonl", "validation_loss")
+    assert 0 < trainer.best_step == min(losses, key=losses.__getitem__) < 16
+    assert torch.equal(logits_of(load(trainer.out), BATCH), logits[trainer.best_step])
 
 
 def test_a_validation_file_chooses_the_best_step(dense, lessons, tmp_path):

@@ -13,7 +13,8 @@ from msmoe.calibration.records import TokenRecord
 from msmoe.checkpoint import Checkpoint
 from msmoe.recover.data import load_split
 from msmoe.recover.options import RecoverOptions
-from msmoe.recover.run import RecoverReport, Trainer, recover
+from msmoe.recover.run import RecoverReport, recover
+from msmoe.recover.trainer import Trainer
 
 # Without dropout and router noise two ways to the same number can agree.
 QUIET = {
