@@ -58,7 +58,7 @@ def command(
     """Train a compressed checkpoint to do what the original did: fine-tuning with distillation.
 
     \b
-    Runs as it stands on one CPU or GPU; on several with `accelerate launch -m msmoe.cli recover ...`.
+    Runs as it stands on one CPU or GPU; on several GPUs with `accelerate launch -m msmoe.cli recover ...`.
     The run's state, metrics.jsonl and TensorBoard events are in OUT.training.
     Example: msmoe recover switch-small --teacher switch-base-8 --data train.jsonl --steps 500 --out switch-recovered
     """
