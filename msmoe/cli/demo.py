@@ -18,7 +18,7 @@ from msmoe.cli.plan import print_plan
 
 METRICS = "exact_match,macro_f1,loss"
 EXPERT_SHARE = 0.3  # of the bytes of the merged experts, for the factorised ones
-RECOVERY = {"steps": 150, "learning_rate": 3e-4}
+RECOVERY = {"learning_rate": 5e-4, "hidden_weight": 3.0}
 
 
 @click.command("demo")
@@ -26,10 +26,15 @@ RECOVERY = {"steps": 150, "learning_rate": 3e-4}
 @click.option("--method", default="m-smoe-refit", show_default=True, help="A row of `msmoe methods`.")
 @click.option("--samples", type=click.IntRange(min=1), help="Use this many test examples per task instead of all.")
 @click.option(
+    "--recovery-steps", type=click.IntRange(min=1), default=150, show_default=True, help="Steps of the distillation."
+)
+@click.option(
     "--out", type=click.Path(path_type=Path), help="Folder for everything written; default: a new temporary one."
 )
 @force_option
-def command(experts: float, method: str, samples: int | None, out: Path | None, force: bool) -> None:
+def command(
+    experts: float, method: str, samples: int | None, recovery_steps: int, out: Path | None, force: bool
+) -> None:
     """The whole story on the embedded checkpoint: profile, plan, apply, factorise, recover, evaluate, compare.
 
     \b
@@ -85,11 +90,18 @@ def command(experts: float, method: str, samples: int | None, out: Path | None, 
         )  # fmt: skip
     print_factors(factors, as_json=False)
 
-    echo(f"\n[bold]6. Recover[/bold] by distillation, {RECOVERY['steps']} steps on the calibration records")
+    echo(f"\n[bold]6. Recover[/bold] by distillation, {recovery_steps} steps on the calibration records")
     recovered = folder / "mc-smoe"
     with progress("recovering") as update:
         training = recover(
-            small, recovered, data=CALIBRATION, teacher=CHECKPOINT, force=True, progress=update, **RECOVERY
+            small,
+            recovered,
+            data=CALIBRATION,
+            teacher=CHECKPOINT,
+            force=True,
+            progress=update,
+            steps=recovery_steps,
+            **RECOVERY,
         )
     echo(
         f"validation loss {training.validation_before:.4f} -> {training.validation_after:.4f} at step "

@@ -165,7 +165,16 @@ def story(tmp_path_factory):
     """The command as a process of its own, and the folder that it filled."""
     folder = tmp_path_factory.mktemp("story") / "demo"
     run = subprocess.run(
-        [str(Path(sys.executable).with_name("msmoe")), "demo", "--samples", "20", "--out", str(folder)],
+        [
+            str(Path(sys.executable).with_name("msmoe")),
+            "demo",
+            "--samples",
+            "20",
+            "--recovery-steps",
+            "4",
+            "--out",
+            str(folder),
+        ],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
@@ -187,7 +196,8 @@ def test_the_demo_command_compares_every_task_with_intervals(file, story):
     number = r"\d\.\d{3}"
     interval = rf"{number} \[{number}, {number}\]"
     name = file.stem.replace("_", " ")
-    assert re.search(rf"^{name}, exact match +{number} +{interval} +{interval}", story[0].stdout, re.MULTILINE)
+    three = rf"{interval} +{interval} +{interval}"
+    assert re.search(rf"^{name}, exact match +{number} +{three}", story[0].stdout, re.MULTILINE)
 
 
 def test_the_demo_command_reloads_to_the_logits_of_the_stock_model(story):
@@ -195,10 +205,16 @@ def test_the_demo_command_reloads_to_the_logits_of_the_stock_model(story):
     assert float(difference[1]) < 1e-3
 
 
-def test_the_demo_command_writes_a_checkpoint_of_the_printed_size(story):
+def test_the_demo_command_factorises_the_merged_experts_to_30_percent(story):
+    merged, small = (inspect(story[1] / name).parts["experts"][1] for name in ("compressed", "mc-smoe"))
+    assert 0.25 * merged < small <= 0.3 * merged
+
+
+@pytest.mark.parametrize("name", ["compressed", "mc-smoe"])
+def test_the_demo_command_writes_checkpoints_of_the_printed_size(name, story):
     run, folder = story
     size = 0
-    for file in (folder / "compressed").glob("*.safetensors"):
+    for file in (folder / name).glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             size += sum(t.numel() * t.element_size() for t in map(tensors.get_tensor, tensors.keys()))
     assert f"{size:,}" in re.search(r"bytes of weights on disk.*", run.stdout)[0]
