@@ -124,6 +124,7 @@ class Bench:
 
 
 ROWS: dict[str, tuple[str, Callable[[Bench], Path]]] = {  # row of the table -> folder of its checkpoint, how to make it
+    "original, trained the same way": ("original-recovered", lambda b: b.recovered(CHECKPOINT, "original-recovered")),
     "M-SMoE + refit": ("m-smoe-refit", lambda b: b.merged("m-smoe-refit")),
     "M-SMoE + refit, recovered": ("m-smoe-refit-recovered", lambda b: b.recovered(b.merged("m-smoe-refit"))),
     "MC-SMoE + refit, 30 % of the expert bytes": (
