@@ -69,7 +69,8 @@ def readme_commands() -> list[list[str]]:
     """The `msmoe` lines under "Use"."""
     block = README.read_text(encoding="utf-8").split("## Use")[1].split("```bash")[1].split("```")[0]
     lines = [shlex.split(line, comments=True) for line in block.strip().splitlines()]
-    assert [line[1] for line in lines] == ["inspect", "profile", "plan", "apply", "evaluate", "compress", "methods"]
+    names = ["inspect", "profile", "plan", "apply", "factorize", "recover", "evaluate", "compress", "methods"]
+    assert [line[1] for line in lines] == names
     return lines
 
 
@@ -77,6 +78,7 @@ def readme_folder(folder: Path, checkpoint: Path, calibration: list[dict], task:
     """A folder with the files that the README's commands name."""
     (folder / "switch-base-8").symlink_to(checkpoint)
     write_records(folder / "calibration.jsonl", calibration)
+    write_records(folder / "train.jsonl", calibration)
     write_records(folder / "task.jsonl", task)
     return folder
 
@@ -118,8 +120,9 @@ def test_every_command_of_the_readme_succeeds_without_a_word_on_stderr(readme_ti
 
 def test_the_readmes_files_are_written_and_nothing_else(readme_tiny):
     names = {file.name for file in readme_tiny[0].iterdir()}
-    given = {"switch-base-8", "calibration.jsonl", "task.jsonl"}
-    assert names - given == {"stats", "plan.json", "switch-small", "results.json", "in-one-go"}
+    given = {"switch-base-8", "calibration.jsonl", "train.jsonl", "task.jsonl"}
+    written = {"stats", "plan.json", "switch-small", "switch-tiny", "switch-final", "switch-final.training"}
+    assert names - given == written | {"results.json", "in-one-go"}
 
 
 def test_the_readmes_checkpoint_keeps_two_experts_and_loads(readme_tiny):
@@ -153,7 +156,8 @@ def test_the_commands_of_the_readme_compress_the_embedded_checkpoint(demo_lines,
     for line in readme_commands():
         if line[1] != "compress":  # the same work again, see the tiny checkpoint
             assert msmoe(*line[1:])[0] == 0
-    assert size_of(folder / "switch-small") < size_of(CHECKPOINT) / 2
+    assert size_of(folder / "switch-tiny") < size_of(folder / "switch-small") < size_of(CHECKPOINT) / 2
+    assert size_of(folder / "switch-final") == size_of(folder / "switch-tiny")
     assert json.loads((folder / "results.json").read_text())["results"][0]["task"] == "task"
 
 

@@ -1,5 +1,6 @@
 """The state of a run and its log on disk: what comes back, and what becomes of damage."""
 
+import contextlib
 import json
 import os
 import resource
@@ -14,13 +15,15 @@ from msmoe.recover.log import MetricsLog
 from msmoe.recover.state import load_tensors, optimizer_tensors, restore, save_tensors
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files():
     """A limit of 4,000 bytes per file, as a disk with little room has one."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_tensors_and_their_record_come_back_bit_for_bit(tmp_path):
@@ -56,10 +59,10 @@ def test_a_file_of_other_tensors_is_no_state(tmp_path):
         load_tensors(tmp_path / "state.safetensors")
 
 
-def test_a_state_that_does_not_fit_leaves_the_one_before(small_files, tmp_path):
+def test_a_state_that_does_not_fit_leaves_the_one_before(tmp_path):
     file = tmp_path / "state.safetensors"
     save_tensors(file, {"a": torch.ones(10)}, {"step": 1})
-    with pytest.raises(UserError, match=r"cannot write .*state\.safetensors"):
+    with small_files(), pytest.raises(UserError, match=r"cannot write .*state\.safetensors"):
         save_tensors(file, {"a": torch.ones(2000)}, {"step": 2})
     assert load_tensors(file)[1] == {"step": 1}
 
