@@ -28,7 +28,6 @@ from msmoe.evaluate.run import peak_memory  # noqa: E402
 
 VARIANTS = {
     "plain, rank 32, 10 % rows": {"rank": 32},
-    "activation, rank 32, 10 % rows": {"rank": 32, "stats": True, "refit": False},
     "activation + refit, rank 32, 10 % rows": {"rank": 32, "stats": True},
     "activation + refit, budget of half the bytes": {"target_ratio": 0.5, "stats": True},
 }
