@@ -1,10 +1,10 @@
 """Fine-tune a checkpoint, as student of another one or by itself: one call from data to a new checkpoint."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from msmoe.recover.options import RecoverOptions
-from msmoe.recover.trainer import Progress, Trainer
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def recover(
     cache_teacher: bool = False,
     force: bool = False,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[..., None] | None = None,
     **options,
 ) -> RecoverReport:
     """Train a checkpoint and write the weights of its best step.
@@ -66,6 +66,8 @@ def recover(
         UserError: for an input or an option that cannot be used, a loss that is not finite, or an output that cannot
             be written.
     """
+    from msmoe.recover.trainer import Trainer  # imports transformers
+
     chosen = RecoverOptions(**options)
     chosen.check(has_teacher=teacher is not None)
     trainer = Trainer(student, out, data, teacher, validation, chosen, cache_teacher=cache_teacher, force=force)
