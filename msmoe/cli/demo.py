@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,7 +19,7 @@ from msmoe.cli.plan import print_plan
 
 METRICS = "exact_match,macro_f1,loss"
 EXPERT_SHARE = 0.3  # of the bytes of the merged experts, for the factorised ones
-RECOVERY = {"learning_rate": 5e-4, "hidden_weight": 3.0}
+RECOVERY: dict[str, Any] = {"learning_rate": 5e-4, "hidden_weight": 3.0}
 
 
 @click.command("demo")
