@@ -180,6 +180,10 @@ def measure_ranks(
     family = inspectable_family_of(source)
     known = read_provenance(source).get("factors", {}).get("matrices")
     if known:
+        if rank is not None or stats is not None or original is not None:
+            raise UserError(
+                f"{source.path} is factorised: its own report is shown, without --rank, --stats, --original"
+            )
         return known
     layers = check_request(family, source, keep_layers=["none"], export="exact")
     fits = min(DEFAULT_RANK, *(min(layer.d_model, layer.d_ff) for layer, _ in layers))
