@@ -20,8 +20,9 @@ from msmoe.evaluate.run import evaluate
 from msmoe.factorize.run import FactorizeReport, factorize
 from msmoe.inspect import Summary, inspect
 from msmoe.loading import load
-from msmoe.methods import METHODS, plan
+from msmoe.methods import METHODS
 from msmoe.plan import Plan
+from msmoe.planning import plan
 from msmoe.recover.run import RecoverReport, recover
 from msmoe.registration import is_command, register
 

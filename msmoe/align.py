@@ -16,7 +16,8 @@ from torch import Tensor
 from msmoe.families import Expert
 
 TINY = 1e-30
-Alignment = Literal["weight", "activation", "none"]
+Alignment = Literal["weight", "activation", "ream", "none"]
+NUM_COMPONENTS = 64  # of the neurons' weights, in REAM's cost
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,29 @@ def match_activations(reference: Expert, target: Expert, inputs: Tensor) -> Matc
     return Match(permutation, match.before, after) if after >= match.after - 1e-6 * abs(match.after) else match
 
 
+def match_ream(reference: Expert, target: Expert, inputs: Tensor) -> Match:
+    """Match neurons by the sum of two distances (REAM, arXiv 2604.04356): of activations and of weights.
+
+    Activations over the tokens, and the leading principal components of the weights, both of unit norm per neuron.
+    Without tokens the weights decide alone.
+
+    Args:
+        inputs: (T, D) tokens routed to either expert.
+    """
+    weights = [torch.cat([expert.wi, expert.wo.T], dim=1) for expert in (reference, target)]
+    weights = torch.cat([w / w.norm(dim=1, keepdim=True).clamp(min=TINY) for w in weights])
+    centred = weights - weights.mean(0)
+    _, vectors = torch.linalg.eigh((centred.T @ centred).double())
+    components = centred @ vectors[:, -NUM_COMPONENTS:].float()
+    num_neurons = len(reference.wi)
+    distance = torch.cdist(components[:num_neurons], components[num_neurons:])
+    if len(inputs):
+        hidden = [expert.hidden(inputs) for expert in (reference, target)]
+        first, second = ((h / h.norm(dim=0).clamp(min=TINY)).T.contiguous() for h in hidden)
+        distance += torch.cdist(first, second)
+    return match_cost(-distance)
+
+
 def canonical_scale(expert: Expert) -> Expert:
     """Scale every ReLU neuron so that its rows of wi and wo^T have equal norm; the function does not change.
 
@@ -117,9 +141,9 @@ def match(reference: Expert, target: Expert, *, alignment: Alignment, inputs: Te
     """Match by the named alignment; `none` is the identity."""
     if alignment == "weight":
         return match_weights(reference, target)
-    if alignment == "activation":
+    if alignment in ("activation", "ream"):
         assert inputs is not None
-        return match_activations(reference, target, inputs)
+        return (match_activations if alignment == "activation" else match_ream)(reference, target, inputs)
     return Match(torch.arange(len(reference.wi)), 0.0, 0.0)
 
 

@@ -25,11 +25,14 @@ from msmoe.export import Export, build_export
 from msmoe.factorize.options import SIZES, FactorOptions
 from msmoe.factorize.run import FactorizeReport, factorize
 from msmoe.families import Expert, Family, family_of
+from msmoe.merge import RULES
 from msmoe.merging import GroupReport, Sources, merge_one
-from msmoe.methods import check_parameters, factor_options, predict
+from msmoe.methods import check_parameters, factor_options
 from msmoe.parallel import Progress, in_order, on_one_thread, single_threaded
 from msmoe.plan import Plan
+from msmoe.planning import predict
 from msmoe.provenance import capacity_drop_rates, write_metadata
+from msmoe.prune.scores import mean_output
 from msmoe.router import RouterFit, reduce_router
 from msmoe.sequential import merge_sequentially
 
@@ -228,9 +231,12 @@ def load_needed_stats(
     plan: Plan, layout: Export, stats: Stats | str | Path | None, source: Checkpoint, router: str
 ) -> Stats | None:
     """The statistics, checked against plan and checkpoint; None where nothing needs them."""
+    alignment, rule = plan.parameters.get("align"), plan.parameters.get("rule", "average")
     needs = [
         (plan.parameters.get("refit", "none") != "none" and bool(layout.merged), "its refit"),
-        (plan.parameters.get("align") == "activation" and bool(layout.merged), "activation alignment"),
+        (alignment in ("activation", "ream") and bool(layout.merged), f"{alignment} alignment"),
+        (RULES[rule].needs_tokens and bool(layout.merged), f"the {rule} rule"),
+        (bool(layout.constants), "the mean outputs"),
         (router == "fit" and bool(layout.routers), "the fitted router (or choose --router dominant)"),
         (layout.kind == "dense", "the mean gate of the dense export"),
     ]
@@ -254,12 +260,18 @@ def copy_tensors(writer: CheckpointWriter, layout: Export, source: Checkpoint) -
 
 
 def write_routers(writer: CheckpointWriter, layout: Export, sources: Sources, kind: str) -> dict[str, RouterFit]:
-    """Expert maps of the `exact` export, reduced router rows of the `native` one."""
+    """Maps and mean outputs of the `exact` export, routers without the rows of removed experts, reduced routers."""
     plan, family = sources.plan, sources.family
     for layer, name in layout.maps.items():
         layer_plan = plan.layers.get(layer)
-        mapping = layer_plan.expert_map if layer_plan else list(range(writer.specs[name].shape[0]))
-        writer.write(name, torch.tensor(mapping))
+        mapping = layer_plan.routes(plan.parameters).targets if layer_plan else range(writer.specs[name].shape[0])
+        writer.write(name, torch.tensor(list(mapping)))
+    for name, source_name, rows in layout.router_rows:
+        writer.write(name, sources.checkpoint.read(source_name)[list(rows)])
+    for layer, name in layout.constants.items():
+        assert sources.stats is not None
+        constants = plan.layers[layer].routes(plan.parameters).constants
+        writer.write(name, mean_output(sources.stats.layers[layer])[list(constants)].float())
     fits = {}
     for layer, name in layout.routers.items():
         rows = sources.checkpoint.read_finite(family.router_key(layer))

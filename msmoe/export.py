@@ -14,7 +14,7 @@ from msmoe.errors import UserError
 from msmoe.factorize.shapes import LayerFactors
 from msmoe.families import ExpertKeys, Family, MoELayer
 from msmoe.families.base import MATRICES
-from msmoe.plan import LayerPlan, Plan
+from msmoe.plan import LayerPlan, Plan, Routes
 
 EXPORTS = ("exact", "native", "dense")
 
@@ -42,7 +42,9 @@ class Export:
         copies: (slot, input tensor) pairs filled with unchanged bytes.
         merged: (layer, position in the plan's groups) -> slots of an expert to be computed.
         routers: layer -> tensor of G router rows to be computed (`native`).
-        maps: layer -> tensor of the map from experts to stored groups (`exact`).
+        router_rows: (output tensor, input tensor, experts whose rows stay) of the routers that lose rows.
+        maps: layer -> tensor of the map from router rows to stored groups (`exact`).
+        constants: layer -> tensor of the mean outputs (C, D) in place of experts (`exact`).
         indices: tensors that hold indices, not weights.
         config: content of `config.json`.
     """
@@ -53,7 +55,9 @@ class Export:
     copies: list[tuple[Slot, str]] = field(default_factory=list)
     merged: dict[tuple[str, int], GroupSlots] = field(default_factory=dict)
     routers: dict[str, str] = field(default_factory=dict)
+    router_rows: list[tuple[str, str, tuple[int, ...]]] = field(default_factory=list)
     maps: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, str] = field(default_factory=dict)
     indices: set[str] = field(default_factory=set)
 
     @property
@@ -88,11 +92,21 @@ class Export:
             self.tensors.append(TensorSpec(names.rows, "I32", (num_groups, num_rows)))
             self.indices.add(names.rows)
 
-    def add_map(self, family: Family, layer: MoELayer) -> None:
-        """The map from experts to stored groups."""
+    def add_map(self, family: Family, layer: MoELayer, num_rows: int) -> None:
+        """The map from router rows to stored groups."""
         self.maps[layer.name] = family.expert_map_key(layer.name)
         self.indices.add(self.maps[layer.name])
-        self.tensors.append(TensorSpec(self.maps[layer.name], "I64", (layer.num_experts,)))
+        self.tensors.append(TensorSpec(self.maps[layer.name], "I64", (num_rows,)))
+
+    def add_constants(self, family: Family, layer: MoELayer, num_constants: int) -> None:
+        """The mean outputs that stand in the place of experts."""
+        self.constants[layer.name] = family.constants_key(layer.name)
+        self.tensors.append(TensorSpec(self.constants[layer.name], layer.dtype, (num_constants, layer.d_model)))
+
+    def add_router_rows(self, source: TensorSpec, rows: tuple[int, ...]) -> None:
+        """A router's weight or bias with some of its rows."""
+        self.tensors.append(TensorSpec(source.name, source.dtype, (len(rows), *source.shape[1:])))
+        self.router_rows.append((source.name, source.name, rows))
 
 
 def build_export(
@@ -111,18 +125,26 @@ def build_export(
     layers = family.layers(checkpoint)
     plans = {layer.name: plan.layers.get(layer.name) or LayerPlan.identity(layer.num_experts) for layer in layers}
     num_groups = {name: len(layer_plan.groups) for name, layer_plan in plans.items()}
-    for name, layer_plan in plans.items():
-        if layer_plan.removed:
-            raise UserError(f"the plan removes expert {layer_plan.removed[0]} of {name}; only merging can be applied")
+    routes = {name: layer_plan.routes(plan.parameters) for name, layer_plan in plans.items()}
+    sliced = {n.name for n in layers if len(routes[n.name].rows) < n.num_experts}
     _check_storable(kind, family, checkpoint, num_groups)
+    if kind != "exact" and any(route.constants for route in routes.values()):
+        raise UserError(f"--export {kind} cannot store mean outputs in place of experts: choose exact")
     if kind == "exact":
-        export = Export(kind, family.exact_config(checkpoint.config, num_groups, factors or {}))
+        num_rows = {name: len(routes[name].rows) for name in num_groups if name in sliced}
+        num_constants = {name: len(route.constants) for name, route in routes.items() if route.constants}
+        config = family.exact_config(
+            checkpoint.config, num_groups, factors or {}, num_rows=num_rows, num_constants=num_constants
+        )
+        export = Export(kind, config)
     elif kind == "native":
         export = Export(kind, family.native_config(checkpoint.config, next(iter(num_groups.values()))))
     else:
         export = Export(kind, family.dense_config(checkpoint.config))
 
     handled = {key for layer in layers for e in range(layer.num_experts) for key in family.expert_keys(layer.name, e)}
+    if kind != "dense":
+        handled |= {key for name in sliced for key in (family.router_key(name), family.router_bias_key(name))}
     if kind == "native":
         handled |= {family.router_key(layer.name) for layer in layers if num_groups[layer.name] < layer.num_experts}
     elif kind == "dense":
@@ -132,8 +154,14 @@ def build_export(
     for name in checkpoint:
         if name not in handled:
             export.add_copy(checkpoint.spec(name), family.dense_name(name) if kind == "dense" else name)
+    copied = plan.parameters.get("refit", "none") == "none"
     for layer in layers:
-        _add_layer(export, family, checkpoint, layer, plans[layer.name], (factors or {}).get(layer.name, {}))
+        if layer.name in sliced and kind != "dense":
+            for key in (family.router_key(layer.name), family.router_bias_key(layer.name)):
+                if key in checkpoint:
+                    export.add_router_rows(checkpoint.spec(key), routes[layer.name].rows)
+        shapes = (factors or {}).get(layer.name, {})
+        _add_layer(export, family, checkpoint, layer, plans[layer.name], routes[layer.name], shapes, copy_sole=copied)
     return export
 
 
@@ -153,14 +181,25 @@ def _check_storable(kind: str, family: Family, checkpoint: Checkpoint, num_group
 
 
 def _add_layer(
-    export: Export, family: Family, checkpoint: Checkpoint, layer: MoELayer, plan: LayerPlan, factors: LayerFactors
+    export: Export,
+    family: Family,
+    checkpoint: Checkpoint,
+    layer: MoELayer,
+    plan: LayerPlan,
+    routes: Routes,
+    factors: LayerFactors,
+    *,
+    copy_sole: bool,
 ) -> None:
+    """Experts, map and constants of a layer; a group in which one member has all the weight is copied."""
     count = len(plan.groups)
     stacked = family.stacked_keys(layer.name)
     if export.kind == "exact":
         export.add_stacked(family, layer, count, factors)
-        export.add_map(family, layer)
-    elif export.kind == "native" and count < layer.num_experts:
+        export.add_map(family, layer, len(routes.rows))
+        if routes.constants:
+            export.add_constants(family, layer, len(routes.constants))
+    elif export.kind == "native" and count < len(routes.rows):
         router = checkpoint.spec(family.router_key(layer.name))
         export.routers[layer.name] = router.name
         export.tensors.append(TensorSpec(router.name, router.dtype, (count, layer.d_model)))
@@ -173,7 +212,7 @@ def _add_layer(
             export.add_expert(names, layer)
             slots = GroupSlots(Slot(names.wi), Slot(names.wo))
         group = plan.groups[g]
-        if len(group.members) == 1 and export.kind != "dense":
-            export.copies.extend(zip(slots, family.expert_keys(layer.name, group.dominant), strict=True))
+        if export.kind != "dense" and group.sole is not None and (copy_sole or len(group.members) == 1):
+            export.copies.extend(zip(slots, family.expert_keys(layer.name, group.sole), strict=True))
         else:
             export.merged[layer.name, g] = slots

@@ -18,6 +18,7 @@ from torch import Tensor
 from msmoe.errors import UserError
 
 Budget = Literal["adaptive", "uniform"]
+REAM_CAPACITY = 16
 
 
 def group_counts(usage: Sequence[np.ndarray], average: float, *, budget: Budget = "adaptive") -> list[int]:
@@ -25,23 +26,27 @@ def group_counts(usage: Sequence[np.ndarray], average: float, *, budget: Budget 
 
     `uniform` gives every layer the same number. `adaptive` is the global rule of M-SMoE (arXiv 2310.01334): every
     layer keeps its most used expert, the rest of the budget goes to the most used experts of all layers by usage
-    frequency. The total is `round(average * L)` exactly, ties included.
+    frequency. The total is `round(average * L)` exactly, ties included. Where that is no multiple of L, `uniform`
+    gives one more to the layers whose next expert is used most.
 
     Args:
-        usage: per layer, usage frequencies (E,).
+        usage: per layer, usage frequencies (E,), or other scores as shares of their sum.
         average: experts kept per layer, on average.
 
     Raises:
-        UserError: if the average is below 1 or above a layer's number of experts, or not whole for `uniform`.
+        UserError: if the average is below 1 or above a layer's number of experts.
     """
     smallest = min(len(u) for u in usage)
     if not 1 <= average <= (smallest if budget == "uniform" else np.mean([len(u) for u in usage])):
         raise UserError(f"--experts must be between 1 and {smallest}, got {average:g}")
-    if budget == "uniform":
-        if average != int(average):
-            raise UserError(f"--budget uniform needs a whole number of experts, got {average:g}")
-        return [int(average)] * len(usage)
     total = round(Fraction(average) * len(usage))
+    if budget == "uniform":
+        least, extra = divmod(total, len(usage))
+        following = [float(np.sort(u)[::-1][least]) if least < len(u) else -1.0 for u in usage]
+        counts = [least] * len(usage)
+        for layer in np.lexsort((np.arange(len(usage)), -np.array(following)))[:extra]:
+            counts[layer] += 1
+        return counts
     ranked = [
         (-frequency, layer, expert)
         for layer, frequencies in enumerate(usage)
@@ -91,6 +96,47 @@ def assign_to_dominant(
         candidates = np.where(room > 0, similarity[expert, ranked[:count]], -np.inf)
         labels[expert] = candidates.argmax()
         room[labels[expert]] -= 1
+    return labels
+
+
+def assign_to_kept(usage: np.ndarray, similarity: np.ndarray, kept: Sequence[int]) -> np.ndarray:
+    """Give every expert to the most similar of the kept ones; equal similarity goes to the more used one.
+
+    Returns:
+        labels (E,), the positions in `kept`.
+    """
+    ranked = sorted(range(len(kept)), key=lambda i: (-usage[kept[i]], kept[i]))
+    labels = np.array(ranked)[similarity[:, [kept[i] for i in ranked]].argmax(1)]
+    labels[list(kept)] = np.arange(len(kept))
+    return labels
+
+
+def centroids_first(
+    usage: np.ndarray, similarity: np.ndarray, count: int, *, capacity: int | None = None, seed: int = 0
+) -> np.ndarray:
+    """REAM's grouping (arXiv 2604.04356): in the order of their scores, each centroid takes its nearest free experts.
+
+    A centroid fills its group before the next one chooses, so the last ones may stay alone.
+
+    Args:
+        usage: (E,) scores; the `count` highest are the centroids.
+        capacity: most members of a group, its centroid included; 16 by default.
+
+    Raises:
+        UserError: if `count * capacity` is less than E.
+    """
+    num_experts, capacity = len(usage), REAM_CAPACITY if capacity is None else capacity
+    if count * capacity < num_experts:
+        raise UserError(
+            f"{count} groups of at most {capacity} cannot hold {num_experts} experts: raise --group-capacity"
+        )
+    ranked = dominant_experts(usage, num_experts)
+    labels = np.full(num_experts, -1)
+    labels[ranked[:count]] = np.arange(count)
+    for label, centroid in enumerate(ranked[:count]):
+        free = np.flatnonzero(labels < 0)
+        nearest = free[np.lexsort((free, -similarity[centroid, free]))][: capacity - 1]
+        labels[nearest] = label
     return labels
 
 
@@ -166,6 +212,7 @@ GROUPINGS: dict[str, Grouping] = {
     "kmeans": kmeans,
     "spectral": spectral,
     "random": random,
+    "centroids-first": centroids_first,
 }
 
 
@@ -185,7 +232,7 @@ def group_experts(
         similarity: (E, E).
         count: number of groups.
         grouping: a key of `GROUPINGS`.
-        capacity: most members of a group (`dominant` only).
+        capacity: most members of a group (`dominant` and `centroids-first` only).
         seed: for the seeded groupings.
 
     Returns:

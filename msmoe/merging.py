@@ -15,8 +15,11 @@ from msmoe.checkpoint import Checkpoint
 from msmoe.export import Export
 from msmoe.families import Expert, Family
 from msmoe.families.base import load_expert
-from msmoe.merge import Refit, merge_group, refit_output
+from msmoe.merge import RULES, GroupTokens, MergedGroup, Refit, align_members, merge_group, refit_output
+from msmoe.merge.rebasin import match_many, objective
 from msmoe.plan import Group, Plan
+
+LAYER_TOKENS = 4096  # of the layer, for rules that look beyond the tokens of the group
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class GroupReport:
     members: tuple[int, ...]
     matches: dict[int, Match]
     refit: Refit | None
+    rule: dict = field(default_factory=dict)
 
     def describe(self) -> dict:
         """The group's entry in `msmoe.json`."""
@@ -39,6 +43,8 @@ class GroupReport:
             }
         if self.refit:
             entry["refit"] = self.refit.describe()
+        if self.rule:
+            entry["rule"] = self.rule
         return entry
 
 
@@ -74,31 +80,80 @@ def merge_one(sources: Sources, layout: Export, layer: str, g: int) -> tuple[Exp
     refits = parameters.get("refit", "none") != "none" and len(group.members) > 1
     targets = GroupTargets(group, stats) if refits and stats else None
     reference = 0 if parameters.get("align_to") == "first" else group.dominant
-    merged = merge_group(
-        group.members,
-        group.weights,
-        load,
-        reference=reference,
-        alignment=parameters.get("align", "weight") if len(group.members) > 1 else "none",
-        canonical=parameters.get("canonical", False) and len(group.members) > 1,
-        inputs=(lambda member: routed_inputs(stats, (member, reference))) if stats else None,
-        visit=targets.visit if targets else None,
-    )
+    to_mean = parameters.get("align_to") == "mean" and parameters.get("align") != "none"
+    rule = parameters.get("rule", "average")
+    several = len(group.members) > 1
+    alignment = {
+        "reference": reference,
+        "alignment": parameters.get("align", "weight") if several and not to_mean else "none",
+        "canonical": parameters.get("canonical", False) and several,
+        "inputs": (lambda member: routed_inputs(stats, (member, reference))) if stats else None,
+        "visit": targets.visit if targets else None,
+    }
+    details: dict = {}
+    if not several or (rule == "average" and not to_mean):  # one member in memory at a time
+        merged = merge_group(group.members, group.weights, load, **alignment)
+    else:
+        found = list(align_members(group.members, load, **alignment))
+        matches = {member: match for member, _, match in found if match is not None}
+        experts = [expert for _, expert, _ in found]
+        if to_mean:
+            experts, matches, details = align_to_mean(group.members, experts)
+        tokens = group_tokens(group, stats) if stats else no_tokens(experts[0])
+        expert, about = RULES[rule].apply(experts, group.weights, tokens)
+        merged, details = MergedGroup(expert, matches), details | about
     expert, refit = merged.expert, None
     if targets:
         moved = sources.moved_inputs.get(layer)
-        gate = mean_gate(stats) if layout.kind == "dense" and stats else None
+        gate = dense_gate(stats, sources, layer) if layout.kind == "dense" and stats else None
         refit = targets.refit(expert, moved, constant_gate=gate)
         expert = Expert(expert.wi, refit.wo)
     if layout.kind == "dense":
         assert stats is not None
-        expert = Expert(expert.wi, expert.wo * mean_gate(stats))
-    return expert, GroupReport(layer, group.dominant, group.members, merged.matches, refit)
+        expert = Expert(expert.wi, expert.wo * dense_gate(stats, sources, layer))
+    return expert, GroupReport(layer, group.dominant, group.members, merged.matches, refit, details)
 
 
-def mean_gate(stats: LayerStats) -> float:
-    """Mean gate value of a layer's routed tokens; 1 for a layer that saw none."""
-    return float(stats.gate_mass.sum() / stats.num_tokens) if stats.num_tokens else 1.0
+def dense_gate(stats: LayerStats, sources: Sources, layer: str) -> float:
+    """What a `dense` export multiplies by: the mean gate value of a layer's routed tokens.
+
+    1 for a layer that saw no token, and where the plan leaves a single router row, whose softmax is 1.
+    """
+    one_row = len(sources.plan.layers[layer].routes(sources.plan.parameters).rows) == 1
+    return 1.0 if one_row or not stats.num_tokens else float(stats.gate_mass.sum() / stats.num_tokens)
+
+
+def align_to_mean(
+    members: tuple[int, ...], experts: list[Expert]
+) -> tuple[list[Expert], dict[int, Match], dict[str, int]]:
+    """Members aligned to the mean of one another, as matches whose objective is that of the whole group."""
+    permutations, rounds = match_many(experts)
+    before = objective(experts, [torch.arange(len(e.wi)) for e in experts])
+    after = objective(experts, permutations)
+    matches = {member: Match(p, before, after) for member, p in zip(members, permutations, strict=True)}
+    return [e.permuted(p) for e, p in zip(experts, permutations, strict=True)], matches, {"rounds": rounds}
+
+
+def no_tokens(expert: Expert) -> GroupTokens:
+    """What a rule may see where no statistics are given."""
+    empty, inputs = torch.zeros(0), torch.zeros(0, expert.wi.shape[1])
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return GroupTokens(inputs, nothing, empty, empty.double(), inputs, nothing.bool(), inputs, empty.double())
+
+
+def group_tokens(group: Group, stats: LayerStats) -> GroupTokens:
+    """What a merge rule may see of the calibration data."""
+    sample = stats.tokens()
+    members = torch.tensor(group.members)
+    mine = torch.isin(sample.expert, members)
+    chosen, weights = sample.select(mine), sample.weights(stats.dispatched)
+    layer = sample.drawn(min(LAYER_TOKENS, len(sample)), stats.num_experts)
+    position = torch.zeros(stats.num_experts, dtype=torch.int64)
+    position[members] = torch.arange(len(members))
+    return GroupTokens(
+        chosen.inputs, position[chosen.expert], chosen.gate, weights[mine], chosen.output_gradient,
+        chosen.has_gradient, layer.inputs, layer.weights(stats.dispatched),
+    )  # fmt: skip
 
 
 def routed_inputs(stats: LayerStats, experts: tuple[int, ...]) -> Tensor:

@@ -1,36 +1,26 @@
-"""The table of methods, and the one function that turns any of them into a plan: stats (+ weights) -> plan.
+"""The table of methods. A method is a row: which experts are kept, what becomes of the others, and what follows.
 
-A method is a row: how experts are grouped, weighted, aligned, and what follows the average. A new method is a row
-here, with a function of its own where an existing one does not do.
+A new method is a row here, with a function of its own in `prune/`, `similarity.py`, `grouping.py` or `merge/` where no
+existing one does.
 """
 
 import difflib
-import zlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from msmoe.align import Alignment
-from msmoe.calibration.stats import LayerStats, Stats
-from msmoe.checkpoint import Checkpoint
+from msmoe.calibration.stats import LayerStats
 from msmoe.errors import UserError
-from msmoe.export import EXPORTS, build_export
-from msmoe.factorize.choose import check_budget, check_rank, expert_bytes, fixed_shapes
 from msmoe.factorize.factors import ROW_SCORES
 from msmoe.factorize.options import DEFAULT_KEEP_ROWS, DEFAULT_RANK, SIZES, FactorOptions
-from msmoe.families import Family, MoELayer, family_of
-from msmoe.families.base import load_expert
-from msmoe.grouping import GROUPINGS, Budget, group_counts, group_experts
-from msmoe.plan import Group, LayerPlan, Plan
-from msmoe.router import ROUTERS
-from msmoe.similarity import BASES, LayerView, Metric, similarity
+from msmoe.grouping import GROUPINGS, Budget
+from msmoe.merge import RULES
+from msmoe.prune import SCORES
+from msmoe.similarity import BASES, Metric
 
 Refitting = Literal["none", "independent", "sequential"]
+Others = Literal["merge", "remove", "nearest", "mean-output"]
+Kind = Literal["reference", "pruning", "merging", "clustering"]
 
 
 @dataclass(frozen=True)
@@ -39,13 +29,22 @@ class Parameters:
 
     Attributes:
         experts: experts kept per compressible layer, on average.
-        budget: `adaptive` gives more to layers whose usage is spread, `uniform` the same to all.
-        similarity: a key of `msmoe.similarity.BASES`; metric: `cosine` or `distance`.
+        budget: `adaptive` gives more to layers whose scores are spread, `uniform` the same to all.
+        saliency: what makes an expert worth keeping, a key of `msmoe.prune.SCORES`.
+        others: what becomes of the experts that are not kept: `merge` them into groups; `remove` them, so that the
+            router chooses among the kept ones; send their tokens to the `nearest` kept expert at the original gate
+            value; or put their `mean-output` in their place.
+        selection: how a pruning method chooses: the `top` scores, the `subset` that reproduces the layer best, or a
+            `progressive` schedule.
+        similarity: a key of `msmoe.similarity.BASES`; metric: `cosine`, `distance` or `euclidean`.
         grouping: a key of `msmoe.grouping.GROUPINGS`; group_capacity: most members of a group.
-        weighting: `usage` or `uniform`.
-        align: how neurons are matched; align_to: the group's `dominant` expert, or the `first` of the layer.
+        weighting: `usage`, `uniform`, or the `saliency`.
+        rule: what the aligned members of a group become, a key of `msmoe.merge.RULES`.
+        align: how neurons are matched; align_to: the group's `dominant` expert, the `first` of the layer, or the `mean`
+            of the other members, in turn until nothing moves.
         canonical: scale ReLU neurons to a canonical form before matching and averaging.
         refit: re-solve `wo` on calibration tokens, each layer by itself or in order; and again after factorising.
+        routing: `original` rows with a map to the groups, or the rows of the `dominant` experts only.
         rank, keep_rows, energy, target_bytes, target_ratio, svd, row_score: factorise the merged experts, if a rank,
             an energy or a target is given; see `msmoe.factorize.options.FactorOptions`. `target_ratio` is of the
             original's bytes.
@@ -53,15 +52,20 @@ class Parameters:
 
     experts: float = 8
     budget: Budget = "adaptive"
+    saliency: str = "usage"
+    others: Others = "merge"
+    selection: Literal["top", "subset", "progressive"] = "top"
     similarity: str = "router-logits"
     metric: Metric = "cosine"
     grouping: str = "dominant"
     group_capacity: int | None = None
-    weighting: Literal["usage", "uniform"] = "usage"
+    weighting: Literal["usage", "uniform", "saliency"] = "usage"
+    rule: str = "average"
     align: Alignment = "weight"
-    align_to: Literal["dominant", "first"] = "dominant"
+    align_to: Literal["dominant", "first", "mean"] = "dominant"
     canonical: bool = False
     refit: Refitting = "none"
+    routing: Literal["original", "dominant"] = "original"
     rank: int | None = None
     keep_rows: float = DEFAULT_KEEP_ROWS
     energy: float | None = None
@@ -79,61 +83,230 @@ class Parameters:
         chosen = FactorOptions(**{name: getattr(self, name) for name in names}, refit=self.refit != "none")
         return chosen.resolve(has_stats=True)
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Statistics beyond routing counts, keys of `STATISTICS`."""
+        needed = {
+            "expert outputs": self.saliency in OUTPUT_SCORES or self.others == "mean-output",
+            "token sample": self.similarity in SAMPLE_BASES
+            or self.selection != "top"
+            or self.refit != "none"
+            or RULES[self.rule].needs_tokens
+            or self.align in ("activation", "ream")
+            or self.factors is not None,
+            "output gradients": RULES[self.rule].needs_gradients,
+            "weight gradients": self.similarity in ("gradient", "weight-gradient"),
+        }
+        return tuple(name for name, is_needed in needed.items() if is_needed)
+
+
+OUTPUT_SCORES = ("ean-sum", "ean-mean", "weighted-ean", "reap", "mone")
+SAMPLE_BASES = (
+    "mse", "expert-output", "expert-output-token", "ream", "feature-correlation.lsa", "feature-correlation.max",
+)  # fmt: skip
+STATISTICS = {  # what a method may need -> how it is collected
+    "expert outputs": "always collected by `msmoe profile`",
+    "token sample": "always collected by `msmoe profile`; --token-sample sets its size",
+    "output gradients": "`msmoe profile --fisher 64`",
+    "weight gradients": "`msmoe profile --gradients`",
+}
+
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table."""
+    """One row of the table; `fixed` methods keep all experts, or one, whatever is asked for."""
 
     name: str
+    kind: Kind
     summary: str
     source: str
     defaults: Parameters
+    fixed: Literal["all", "one"] | None = None
 
 
+UNIFORM = Parameters(budget="uniform")
+PRUNE = replace(UNIFORM, others="remove")
 METHODS = {
     method.name: method
     for method in (
+        Method("full", "reference", "every expert kept: the full model", "reference", Parameters(), "all"),
+        Method(
+            "dense", "reference", "one expert per layer: the usage-weighted average of all", "reference", UNIFORM, "one"
+        ),
+        Method(
+            "frequency",
+            "pruning",
+            "keep the experts that most tokens are routed to, over all layers",
+            "baseline of arXiv 2310.01334",
+            Parameters(others="remove"),
+        ),
+        Method(
+            "gate-mass",
+            "pruning",
+            "keep the experts with the largest sum of gate values",
+            "weighted frequency in arXiv 2510.13999",
+            replace(PRUNE, saliency="gate-mass"),
+        ),
+        Method(
+            "ean-sum",
+            "pruning",
+            "keep the experts with the largest sum of output norms",
+            "expert activation norm in arXiv 2510.13999",
+            replace(PRUNE, saliency="ean-sum"),
+        ),
+        Method(
+            "ean-mean",
+            "pruning",
+            "keep the experts with the largest mean output norm",
+            "arXiv 2606.15716",
+            replace(PRUNE, saliency="ean-mean"),
+        ),
+        Method(
+            "reap",
+            "pruning",
+            "keep the experts with the largest mean gate-weighted output norm",
+            "REAP, arXiv 2510.13999",
+            replace(PRUNE, saliency="reap"),
+        ),
+        Method(
+            "task-specific",
+            "pruning",
+            "drop the least used experts in steps, tokens rerouted in between; without its fine-tuning",
+            "baseline of arXiv 2310.01334",
+            replace(PRUNE, selection="progressive"),
+        ),
+        Method(
+            "naee",
+            "pruning",
+            "keep the subset that reproduces the layer's output best; exhaustive, or a beam search",
+            "arXiv 2402.14800",
+            replace(PRUNE, selection="subset"),
+        ),
+        Method("random-pruning", "pruning", "keep random experts", "baseline", replace(PRUNE, saliency="random")),
+        Method(
+            "mone",
+            "pruning",
+            "keep the experts of large usage x output variance, the mean output in place of the others",
+            "MoNE, arXiv 2507.00390",
+            replace(UNIFORM, saliency="mone", others="mean-output"),
+        ),
+        Method(
+            "random-groups",
+            "merging",
+            "plain average of random groups, not aligned",
+            "ablation of arXiv 2310.01334",
+            replace(UNIFORM, grouping="random", weighting="uniform", align="none"),
+        ),
+        Method(
+            "average",
+            "merging",
+            "plain average of the groups of m-smoe, aligned",
+            "baseline of arXiv 2310.01334",
+            Parameters(weighting="uniform"),
+        ),
+        Method(
+            "fisher",
+            "merging",
+            "average of the groups of m-smoe, aligned, each weight by its Fisher information",
+            "arXiv 2111.09832",
+            Parameters(rule="fisher"),
+        ),
+        Method(
+            "zipit",
+            "merging",
+            "hidden units of each m-smoe group joined by correlation, within and across experts",
+            "ZipIt, arXiv 2305.03053",
+            Parameters(rule="zipit", weighting="uniform", align="none"),
+        ),
+        Method(
+            "repair",
+            "merging",
+            "plain average of the groups of m-smoe aligned by activations, hidden variance restored",
+            "REPAIR, arXiv 2211.08403",
+            Parameters(rule="repair", weighting="uniform", align="activation"),
+        ),
+        Method(
+            "git-re-basin",
+            "merging",
+            "plain average of the groups of m-smoe, each member aligned to the mean of the others until none moves",
+            "Git Re-Basin, arXiv 2209.04836",
+            Parameters(weighting="uniform", align_to="mean"),
+        ),
         Method(
             "m-smoe",
+            "merging",
             "usage-weighted average of aligned experts, grouped around the dominant ones by router logits",
             "arXiv 2310.01334",
             Parameters(),
         ),
         Method(
             "m-smoe-refit",
+            "merging",
             "m-smoe, then wo of each merged expert re-solved on calibration tokens in closed form",
             "this project; after arXiv 2510.14436",
             Parameters(refit="independent"),
         ),
         Method(
-            "average",
-            "plain average of the groups of m-smoe, aligned",
-            "baseline of arXiv 2310.01334",
-            Parameters(weighting="uniform"),
-        ),
-        Method(
             "mc-smoe",
+            "merging",
             "m-smoe, then the merged experts stored as low rank plus a few rows",
             "arXiv 2310.01334",
             Parameters(rank=DEFAULT_RANK),
         ),
         Method(
             "mc-smoe-refit",
+            "merging",
             "m-smoe-refit, then low rank plus a few rows, wo re-solved once more for the truncated wi",
             "this project; after arXiv 2310.01334",
             Parameters(refit="independent", rank=DEFAULT_RANK),
         ),
+        Method(
+            "mergemoe",
+            "merging",
+            "usage-weighted average grouped by input weights, the output matrix solved for the mean of the members",
+            "MergeMoE, arXiv 2510.14436",
+            replace(UNIFORM, similarity="input-weight", rule="least-squares", align="none"),
+        ),
+        Method(
+            "hc-smoe",
+            "clustering",
+            "hierarchical clustering of mean expert outputs, usage-weighted average, not aligned",
+            "HC-SMoE, arXiv 2410.08589",
+            replace(UNIFORM, similarity="expert-output", metric="euclidean", grouping="hierarchical", align="none"),
+        ),
+        Method(
+            "sub-moe",
+            "clustering",
+            "k-means on the cosine of outputs, members merged in the truncated singular basis of their union",
+            "Sub-MoE, arXiv 2506.23266",
+            replace(UNIFORM, similarity="expert-output-token", grouping="kmeans", rule="union-svd", align="none"),
+        ),
+        Method(
+            "ream",
+            "clustering",
+            "experts of highest REAP score take their nearest in turn; score-weighted average; their router rows stay",
+            "REAM, arXiv 2604.04356, without its sequential statistics",
+            replace(
+                UNIFORM, saliency="reap", similarity="ream", grouping="centroids-first", weighting="saliency",
+                align="ream", routing="dominant",
+            ),
+        ),
     )
-}
+}  # fmt: skip
 CHOICES = {
     "budget": ("adaptive", "uniform"),
+    "saliency": tuple(SCORES),
+    "others": ("merge", "remove", "nearest", "mean-output"),
+    "selection": ("top", "subset", "progressive"),
     "similarity": tuple(BASES),
-    "metric": ("cosine", "distance"),
+    "metric": ("cosine", "distance", "euclidean"),
     "grouping": tuple(GROUPINGS),
-    "weighting": ("usage", "uniform"),
-    "align": ("weight", "activation", "none"),
-    "align_to": ("dominant", "first"),
+    "weighting": ("usage", "uniform", "saliency"),
+    "rule": tuple(RULES),
+    "align": ("weight", "activation", "ream", "none"),
+    "align_to": ("dominant", "first", "mean"),
     "refit": ("none", "independent", "sequential"),
+    "routing": ("original", "dominant"),
     "svd": ("activation", "plain"),
     "row_score": ROW_SCORES,
 }
@@ -148,146 +321,49 @@ def choose(kind: str, name: str, choices: "tuple[str, ...] | dict") -> str:
     raise UserError(f"unknown {kind} {name!r}{hint} Choose one of: {', '.join(choices)}")
 
 
-def plan(
-    checkpoint: str | Path,
-    stats: Stats | str | Path,
-    *,
-    method: str = "m-smoe-refit",
-    keep_layers: list[str] | None = None,
-    seed: int = 0,
-    export: str = "exact",
-    **choices,
-) -> Plan:
-    """Decide which experts of a checkpoint become one.
-
-    Args:
-        checkpoint: checkpoint folder.
-        stats: its statistics, or their directory.
-        method: a key of `METHODS`.
-        keep_layers: layers left as they are; by default the first MoE layer of the encoder, `["none"]` for none.
-        seed: for seeded groupings and similarities.
-        export: the export for which size is predicted.
-        **choices: any attribute of `Parameters`, in place of the method's default.
-
-    Raises:
-        UserError: for statistics of another checkpoint, an unknown name or an impossible number of experts.
-    """
-    source = Checkpoint(checkpoint)
-    family = family_of(source)
-    stats = stats if isinstance(stats, Stats) else Stats.load(stats)
-    stats.check_against(source)
-    parameters = resolve(method, choices)
-    layers = family.layers(source)
-    kept = resolve_kept_layers(family, layers, keep_layers)
-    compressible = [layer for layer in layers if layer.name not in kept]
-    parameters = with_rank_that_fits(parameters, choices, compressible)
-    counts = check_counts(
-        compressible, [stats.layers[n.name].usage_frequency.numpy() for n in compressible], parameters
-    )
-    planned = {
-        layer.name: plan_layer(family, source, layer.name, stats.layers[layer.name], count, parameters, seed=seed)
-        for layer, count in zip(compressible, counts, strict=True)
-    }
-    result = Plan(
-        method=method,
-        parameters=asdict(parameters) | {"keep_layers": kept},
-        seed=seed,
-        checkpoint={"model_type": source.model_type, "fingerprint": source.fingerprint},
-        stats={"sha256": stats.digest},
-        layers=planned,
-    )
-    return predict(family, source, result, export=export)
-
-
-def check_request(
-    family: Family,
-    checkpoint: Checkpoint,
-    *,
-    method: str,
-    export: str,
-    router: str,
-    keep_layers: list[str] | None,
-    **choices,
-) -> None:
-    """Raise `UserError` for everything about a plan and its export that is wrong whatever calibration will see."""
-    parameters = resolve(method, choices)
-    choose("export", export, EXPORTS)
-    choose("router", router, ROUTERS)
-    layers = family.layers(checkpoint)
-    kept = resolve_kept_layers(family, layers, keep_layers)
-    compressible = [layer for layer in layers if layer.name not in kept]
-    parameters = with_rank_that_fits(parameters, choices, compressible)
-    flat = [np.full(layer.num_experts, 1 / layer.num_experts) for layer in compressible]
-    counts = check_counts(compressible, flat, parameters)
-    if parameters.factors is not None:
-        check_rank(parameters.factors, list(zip(compressible, counts, strict=True)))
-        if export == "dense" or (export == "native" and parameters.factors.is_budget):
-            raise UserError(f"--export {export} cannot store factors: choose exact, or native with --rank or --energy")
-        if parameters.factors.is_budget:
-            maps = 8 * sum(layer.num_experts for layer in layers)
-            dense = expert_bytes([(layer, layer.num_experts) for layer in compressible])
-            stored = list(zip(compressible, counts, strict=True))
-            check_budget(parameters.factors, stored, others=checkpoint.num_bytes - dense + maps, source=checkpoint)
-    if export != "exact" and (kept or parameters.budget != "uniform") and set(counts) != {1}:
-        raise UserError(f"--export {export} needs --budget uniform --keep-layer none")
-
-
-def predict(family: Family, checkpoint: Checkpoint, plan: Plan, *, export: str) -> Plan:
-    """The plan with the parameters and bytes that `apply` will write for an export."""
-    options, factors = factor_options(plan.parameters), None
-    if options is not None:
-        if export == "dense":
-            raise UserError("--export dense cannot store factors: choose exact, or native with --rank or --energy")
-        layers = [(n, len(plan.layers[n.name].groups)) for n in family.layers(checkpoint) if n.name in plan.layers]
-        check_rank(options, layers)
-        if options.is_budget:
-            if export == "native":
-                raise UserError(
-                    "--export native multiplies the factors out and saves no bytes: give --rank or --energy"
-                )
-            layout = build_export(export, family, checkpoint, plan)
-            check_budget(options, layers, others=layout.num_bytes - expert_bytes(layers), source=checkpoint)
-        if export == "exact" and options.rank is None:
-            return replace(plan, predicted={})  # known once the merged experts are decomposed
-        factors = fixed_shapes(options, layers) if export == "exact" else None
-    layout = build_export(export, family, checkpoint, plan, factors=factors)
-    return replace(plan, predicted={"num_parameters": layout.num_parameters, "bytes": layout.num_bytes})
-
-
-def factor_options(parameters: dict) -> FactorOptions | None:
-    """How a plan's merged experts are factorised; None if they are not."""
-    known = {f.name for f in fields(Parameters)}
-    for name in (*SIZES, "keep_rows"):
-        if not isinstance(parameters.get(name, 0), int | float | None):
-            raise UserError(f"{name} of a plan must be a number or null, got {parameters[name]!r}")
-    return Parameters(**{name: value for name, value in parameters.items() if name in known}).factors
-
-
 def resolve(method: str, choices: dict) -> Parameters:
     """The method's parameters with the caller's choices; None means the default."""
-    defaults = METHODS[choose("method", method, METHODS)].defaults
+    row = METHODS[choose("method", method, METHODS)]
     given = {name: value for name, value in choices.items() if value is not None}
     for name in given:
-        choose("parameter", name, tuple(asdict(defaults)))
+        choose("parameter", name, tuple(asdict(row.defaults)))
     check_parameters(given)
     if any(name in given for name in SIZES) and "rank" not in given:
         given["rank"] = None  # another way to choose sizes takes the place of the method's rank
-    parameters = replace(defaults, **given)
+    parameters = replace(row.defaults, **given)
+    if row.fixed and given.get("experts", 1 if row.fixed == "one" else None) not in (None, 1):
+        raise UserError(f"method {method} keeps {row.fixed} of a layer's experts, not {given['experts']:g}")
+    if row.fixed == "one":
+        parameters = replace(parameters, experts=1)
+    check_combination(method, parameters, given)
+    return parameters if parameters.others == "merge" else replace(parameters, align="none")
+
+
+def check_combination(method: str, parameters: Parameters, given: dict) -> None:
+    """Raise `UserError` for choices that have no effect together, or that contradict each other."""
     if parameters.factors is None:
         for name in ("keep_rows", "svd", "row_score"):
             if name in given:
                 raise UserError(f"--{name.replace('_', '-')} has no effect with method {method}: give --rank, --energy "
                                 "or a target as well, or choose mc-smoe")  # fmt: skip
-    if parameters.group_capacity is not None and parameters.grouping != "dominant":
+    if parameters.group_capacity is not None and parameters.grouping not in ("dominant", "centroids-first"):
         raise UserError(f"--group-capacity has no effect with --grouping {parameters.grouping}")
-    return parameters
+    if parameters.others == "merge" and parameters.selection != "top":
+        raise UserError(f"--selection {parameters.selection} has no effect with --others merge: choose remove, nearest "
+                        "or mean-output")  # fmt: skip
+    if parameters.others != "merge":
+        for name in ("rule", "grouping", "weighting", "align", "align_to"):
+            if name in given:
+                raise UserError(f"--{name.replace('_', '-')} has no effect with --others {parameters.others}")
+        if parameters.routing == "dominant" and "routing" in given:
+            raise UserError(f"--routing dominant has no effect with --others {parameters.others}")
+    if parameters.refit != "none" and (parameters.routing == "dominant" or parameters.others in REROUTING):
+        raise UserError("--refit needs the original routing: it reproduces what each token's own expert gave")
+    if parameters.align_to == "mean" and parameters.align not in ("weight", "none"):
+        raise UserError(f"--align-to mean needs --align weight, not {parameters.align}")
 
 
-def with_rank_that_fits(parameters: Parameters, choices: dict, layers: list[MoELayer]) -> Parameters:
-    """A method's own rank, where the user gave none, cut to the size of the matrices."""
-    if parameters.rank is None or choices.get("rank") is not None or not layers:
-        return parameters
-    return replace(parameters, rank=min(parameters.rank, *(min(n.d_model, n.d_ff) for n in layers)))
+REROUTING = ("remove", "mean-output")  # of `others`: tokens of the experts not kept meet no stored expert of theirs
 
 
 def check_parameters(parameters: dict) -> None:
@@ -299,78 +375,24 @@ def check_parameters(parameters: dict) -> None:
         raise UserError(f"canonical must be true or false, got {parameters['canonical']!r}")
 
 
-def resolve_kept_layers(family: Family, layers: tuple[MoELayer, ...], names: list[str] | None) -> list[str]:
-    """Names of the layers to keep; None stands for the family's default, `none` for no layer."""
-    if names is None:
-        return list(family.default_kept_layers(layers))
-    if names == ["none"]:
-        return []
-    for name in names:
-        choose("layer in --keep-layer", name, tuple(layer.name for layer in layers))
-    return names
+def check_statistics(parameters: Parameters, method: str, stats: LayerStats) -> None:
+    """Raise `UserError`, naming the flag that collects them, if a layer's statistics lack what a method reads."""
+    present = {
+        "expert outputs": stats.output_sum is not None,
+        "token sample": True,
+        "output gradients": stats.has_output_gradients,
+        "weight gradients": stats.gradient_gram is not None,
+    }
+    for name in parameters.needs:
+        if not present[name]:
+            raise UserError(f"method {method} needs {name}, which the statistics do not hold: collect them with "
+                            f"{STATISTICS[name].replace('always collected by ', 'this version of ')}")  # fmt: skip
 
 
-def check_counts(layers: list[MoELayer], usage: list[np.ndarray], parameters: Parameters) -> list[int]:
-    """Experts kept per layer, everything checked that can be before the work starts."""
-    if not layers:
-        raise UserError("every MoE layer is kept: nothing to compress")
-    largest = min(layers, key=lambda layer: layer.num_experts)
-    if not 1 <= parameters.experts <= largest.num_experts:
-        raise UserError(
-            f"--experts must be between 1 and {largest.num_experts} (num_experts of {largest.name}), "
-            f"got {parameters.experts:g}"
-        )
-    return group_counts(usage, parameters.experts, budget=parameters.budget)
-
-
-def plan_layer(
-    family: Family,
-    checkpoint: Checkpoint,
-    name: str,
-    stats: LayerStats,
-    count: int,
-    parameters: Parameters,
-    *,
-    seed: int,
-) -> LayerPlan:
-    """Group the experts of one layer and weight them."""
-    if count == stats.num_experts:
-        ordered = sorted(range(count), key=lambda e: (-float(stats.usage_frequency[e]), e))
-        return LayerPlan(count, tuple(Group(e, (e,), (1.0,)) for e in ordered))
-    seed = zlib.crc32(f"{seed}/{name}".encode())
-    view = LayerView(
-        stats=stats,
-        router=checkpoint.read_finite(family.router_key(name)),
-        expert=expert_cache(family, checkpoint, name),
-        seed=seed,
-    )
-    matrix = similarity(view, base=parameters.similarity, metric=parameters.metric)
-    if not matrix.isfinite().all():
-        raise UserError(f"the {parameters.similarity} similarity of the experts of {name} is not finite")
-    groups = group_experts(
-        stats.usage_frequency,
-        matrix,
-        count,
-        grouping=parameters.grouping,
-        capacity=parameters.group_capacity,
-        seed=seed,
-    )
-    return LayerPlan(
-        stats.num_experts,
-        tuple(
-            Group(dominant, tuple(members), member_weights(stats.routed, members, parameters.weighting))
-            for dominant, members in groups
-        ),
-    )
-
-
-def expert_cache(family: Family, checkpoint: Checkpoint, name: str) -> Callable:
-    return lambda expert: load_expert(family, checkpoint, name, expert)
-
-
-def member_weights(routed: Tensor, members: list[int], weighting: str) -> tuple[float, ...]:
-    """Usage frequencies within the group, or the same for all; the latter also where no member was ever used."""
-    counts = routed[members].double()
-    if weighting == "uniform" or counts.sum() == 0:
-        counts = torch.ones_like(counts)
-    return tuple((counts / counts.sum()).tolist())
+def factor_options(parameters: dict) -> FactorOptions | None:
+    """How a plan's merged experts are factorised; None if they are not."""
+    known = {f.name for f in fields(Parameters)}
+    for name in (*SIZES, "keep_rows"):
+        if not isinstance(parameters.get(name, 0), int | float | None):
+            raise UserError(f"{name} of a plan must be a number or null, got {parameters[name]!r}")
+    return Parameters(**{name: value for name, value in parameters.items() if name in known}).factors

@@ -23,9 +23,29 @@ class Group:
     members: tuple[int, ...]
     weights: tuple[float, ...]
 
+    @property
+    def sole(self) -> int | None:
+        """The member that alone has weight, if there is one."""
+        return next((m for m, w in zip(self.members, self.weights, strict=True) if w == 1), None)
+
     def __str__(self) -> str:
         others = ",".join(str(m) for m in self.members if m != self.dominant)
         return f"{self.dominant}<{others}" if others else str(self.dominant)
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Routing of a compressed layer.
+
+    Attributes:
+        rows: experts whose router rows stay, ascending.
+        targets: of each row, the stored group, or the number of groups plus a position in `constants`.
+        constants: experts in whose place their mean output is stored.
+    """
+
+    rows: tuple[int, ...]
+    targets: tuple[int, ...]
+    constants: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -49,6 +69,23 @@ class LayerPlan:
         """
         return sorted(range(len(self.groups)), key=lambda g: self.groups[g].dominant)
 
+    def routes(self, parameters: dict[str, Any]) -> "Routes":
+        """What the router of the compressed layer chooses among, and where its choices lead.
+
+        Args:
+            parameters: of the plan; `others` and `routing` decide.
+        """
+        mapping = self.expert_map
+        if parameters.get("routing") == "dominant":
+            rows = sorted(group.dominant for group in self.groups)
+            return Routes(tuple(rows), tuple(mapping[e] for e in rows), ())
+        if parameters.get("others") == "mean-output":
+            places = {e: len(self.groups) + i for i, e in enumerate(self.removed)}
+            rows = range(self.num_experts)
+            return Routes(tuple(rows), tuple(places.get(e, mapping[e]) for e in rows), self.removed)
+        rows = [e for e in range(self.num_experts) if mapping[e] >= 0]
+        return Routes(tuple(rows), tuple(mapping[e] for e in rows), ())
+
     @property
     def expert_map(self) -> list[int]:
         """Expert -> index of its group as stored (E,); -1 for a removed expert."""
@@ -61,7 +98,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done to a checkpoint. Layers not named are copied."""
+    """What will be done to a checkpoint. Layers not named are copied; `notes` say how a layer's plan was found."""
 
     method: str
     parameters: dict[str, Any]
@@ -70,6 +107,7 @@ class Plan:
     stats: dict[str, str]
     layers: dict[str, LayerPlan]
     predicted: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         content = {
@@ -91,6 +129,7 @@ class Plan:
                 for name, layer in self.layers.items()
             },
             "predicted": self.predicted,
+            **({"notes": self.notes} if self.notes else {}),
         }
         return json.dumps(content, indent=2) + "\n"
 
@@ -120,6 +159,7 @@ class Plan:
                 stats=dict(content.get("stats", {})),
                 layers=layers,
                 predicted=dict(content.get("predicted", {})),
+                notes={str(name): str(note) for name, note in dict(content.get("notes", {})).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is not a valid plan: {error!r}") from error
@@ -151,7 +191,8 @@ class Plan:
         width = max((len(name) for name in self.layers), default=0)
         for name, layer in self.layers.items():
             groups = "  ".join(map(str, layer.groups))
-            lines.append(f"{name:<{width}}  {layer.num_experts:>3} -> {len(layer.groups):>3}  {groups}")
+            removed = f"  without {','.join(map(str, layer.removed))}" if layer.removed else ""
+            lines.append(f"{name:<{width}}  {layer.num_experts:>3} -> {len(layer.groups):>3}  {groups}{removed}")
         return "\n".join(lines)
 
 
@@ -172,6 +213,8 @@ def check_layer(name: str, layer: LayerPlan) -> None:
     if any(part in name for part in ("/", "\\", "..")) or not name.isprintable():
         raise UserError(f"{name!r} is not a layer name")
     seen: set[int] = set()
+    if not layer.groups:
+        raise UserError(f"{name}: no expert is left")
     for group in layer.groups:
         if not group.members or len(group.members) != len(group.weights):
             raise UserError(f"{name}: group of expert {group.dominant} has {len(group.members)} members and "

@@ -24,13 +24,18 @@ FORMAT = "msmoe-checkpoint/1"
 def capacity_drop_rates(
     layout: Export, plan: Plan, stats: Stats | None, source: Checkpoint
 ) -> dict[str, tuple[float, float]]:
-    """Share of calibration tokens over capacity before and after, if routing follows the plan."""
+    """Share of calibration tokens over capacity before and after, if routing follows the plan.
+
+    Layers whose router loses rows are left out: where their tokens go is not in the counts.
+    """
     if stats is None:
         return {}
     before = source.config.get("expert_capacity", 64)
     rates = {}
     for name, layer_plan in plan.layers.items():
         layer = stats.layers[name]
+        if len(layer_plan.routes(plan.parameters).rows) < layer.num_experts:
+            continue
         identity = torch.arange(layer.num_experts)
         mapping = identity if layout.kind == "exact" else torch.tensor(layer_plan.expert_map)
         after = layout.config.get("expert_capacity", layer.num_tokens or 1)

@@ -1,14 +1,15 @@
 """Expert similarity: vectors, Gram matrices or pair values of experts -> a symmetric (E, E) matrix in [0, 1].
 
 Sources: M-SMoE (arXiv 2310.01334) and its published code for the bases; expert outputs from HC-SMoE
-(arXiv 2410.08589). The published `1/(1 + 0.1 ln d)` is not monotone in the distance; `distance` here is.
+(arXiv 2410.08589), token by token from Sub-MoE (arXiv 2506.23266), gated from REAM (arXiv 2604.04356). The published
+`1/(1 + 0.1 ln d)` is not monotone in the distance; `distance` here is.
 
 Shapes: E experts, T tokens, D d_model, F d_ff, N features.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,8 +20,9 @@ from msmoe.align import match_weights, standardise
 from msmoe.calibration.stats import LayerStats
 from msmoe.errors import UserError
 from msmoe.families import Expert
+from msmoe.outputs import LayerOutputs, layer_outputs
 
-Metric = Literal["cosine", "distance"]
+Metric = Literal["cosine", "distance", "euclidean"]
 TINY = 1e-30
 
 
@@ -33,16 +35,25 @@ class LayerView:
         router: router rows (E, D).
         expert: loads one expert, float32.
         seed: for the `random` basis.
+        cache: what was computed already; shared by views of one layer that differ in their seed.
     """
 
     stats: LayerStats
     router: Tensor
     expert: Callable[[int], Expert]
     seed: int = 0
+    cache: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:
         return self.stats.num_experts
+
+    @property
+    def outputs(self) -> LayerOutputs:
+        """What all experts make of the same tokens."""
+        if "outputs" not in self.cache:
+            self.cache["outputs"] = layer_outputs(self.stats, self.router, self.expert)
+        return self.cache["outputs"]
 
     def experts(self) -> Iterator[Expert]:
         return (self.expert(e) for e in range(self.num_experts))
@@ -52,7 +63,8 @@ def gram_similarity(gram: Tensor, *, metric: Metric = "cosine") -> Tensor:
     """Similarity from inner products.
 
     `cosine` is (1 + cos) / 2. `distance` is 1 / (1 + d) with d = |x - y|^2 / ((|x|^2 + |y|^2) / 2), scale free.
-    A zero vector is similar to nothing but itself.
+    For both, a zero vector is similar to nothing but itself. `euclidean` is 1 - |x - y| / (largest distance of a
+    pair), so that clustering 1 - similarity is clustering the distances themselves.
 
     Args:
         gram: (E, E) inner products.
@@ -62,6 +74,9 @@ def gram_similarity(gram: Tensor, *, metric: Metric = "cosine") -> Tensor:
     """
     gram = gram.double()
     square = gram.diagonal().clamp(min=0)
+    if metric == "euclidean":
+        distance = (square[:, None] + square[None, :] - 2 * gram).clamp(min=0).sqrt().fill_diagonal_(0.0)
+        return finish(1 - distance / distance.max().clamp(min=TINY))
     if metric == "cosine":
         norm = square.sqrt()
         similarity = (1 + gram / (norm[:, None] * norm[None, :]).clamp(min=TINY)) / 2
@@ -144,16 +159,24 @@ def weight_gradient(view: LayerView, metric: Metric) -> Tensor:
 
 
 def expert_output(view: LayerView, metric: Metric) -> Tensor:
-    """Mean output of every expert over the whole token sample (HC-SMoE)."""
-    return vector_similarity(mean_outputs(view), metric=metric)
+    """Mean output of every expert over the same sampled tokens (HC-SMoE)."""
+    return vector_similarity(view.outputs.mean, metric=metric)
 
 
-def mean_outputs(view: LayerView) -> Tensor:
-    """Mean output (E, D) of every expert over all sampled tokens, each with the weight it stands for."""
-    sample = view.stats.tokens()
-    weights = sample.weights(view.stats.dispatched)
-    weights = (weights / weights.sum().clamp(min=TINY)).float()
-    return torch.stack([(weights @ expert.hidden(sample.inputs)) @ expert.wo.T for expert in view.experts()])
+def expert_output_token(view: LayerView, metric: Metric) -> Tensor:
+    """Cosine of two experts' outputs at the same token, averaged over tokens (Sub-MoE)."""
+    return finish((1 + view.outputs.token_cosine) / 2)
+
+
+def ream(view: LayerView, metric: Metric) -> Tensor:
+    """Mean of the similarity of gate-weighted mean outputs and that of the router's logits (REAM)."""
+    outputs = vector_similarity(view.outputs.gated_mean, metric=metric)
+    return finish((outputs + router_logits(view, metric)) / 2)
+
+
+def input_weight(view: LayerView, metric: Metric) -> Tensor:
+    """Inner products of wi as it is, neurons not matched (MergeMoE)."""
+    return gram_similarity(streamed_gram((e.wi for e in view.experts()), view.num_experts), metric=metric)
 
 
 def mse(view: LayerView, metric: Metric) -> Tensor:
@@ -223,6 +246,9 @@ BASES: dict[str, Callable[[LayerView, Metric], Tensor]] = {
     "feature-correlation.lsa": feature_correlation_lsa,
     "feature-correlation.max": feature_correlation_max,
     "expert-output": expert_output,
+    "expert-output-token": expert_output_token,
+    "ream": ream,
+    "input-weight": input_weight,
     "random": random,
 }
 
@@ -234,17 +260,22 @@ def similarity(view: LayerView, *, base: str = "router-logits", metric: Metric =
 
     Args:
         base: a key of `BASES`.
-        metric: `cosine` or `distance`; the pair-valued bases (mse, feature-correlation, random) have their own.
+        metric: `cosine`, `distance` or `euclidean`; the pair-valued bases (mse, feature-correlation,
+            expert-output-token, random) have their own.
 
     Raises:
         UserError: if the base needs statistics that were not recorded.
     """
+    if (base, metric) in view.cache:
+        return view.cache[base, metric]
     result = BASES[base](view, metric)
     undefined = (result - torch.eye(len(result))).abs().sum(1) == 0
     if undefined.any() and len(result) > 1 and base != "router-weight":
         fallback = router_weight(view, metric)
         either = undefined[:, None] | undefined[None, :]
         result = torch.where(either, fallback, result)
+    if base != "random":
+        view.cache[base, metric] = result
     return result
 
 

@@ -41,6 +41,12 @@ def stats(switch, data):
 
 
 @pytest.fixture(scope="session")
+def full_stats(switch, data):
+    """`stats` with everything that any method may need."""
+    return profile_small(switch, data, fisher=64, gradients=True)
+
+
+@pytest.fixture(scope="session")
 def dropping_stats(dropping_switch, data):
     return profile_small(dropping_switch, data)
 

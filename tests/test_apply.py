@@ -11,16 +11,32 @@ from pathlib import Path
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
-from tiny import LAYERS, compress, layer_plan, load_tensors, plan_for, profile_small, save_switch, weight_files
+from tiny import (
+    LAYERS,
+    compress,
+    layer_plan,
+    load_tensors,
+    logits_of,
+    plan_for,
+    profile_small,
+    save_switch,
+    size_of,
+    stored_stack,
+    weight_files,
+)
+from transformers import SwitchTransformersForConditionalGeneration
 
 from msmoe.apply import apply
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
-from msmoe.methods import plan as make_plan
+from msmoe.factorize.run import factorize
+from msmoe.loading import load
 from msmoe.plan import Group, LayerPlan
+from msmoe.planning import plan as make_plan
 
 LAYER = LAYERS[1]
 PLANNED = {LAYER: layer_plan(6, [4, 0, 2], [1], [3, 5])}
+PRUNED = LayerPlan(6, layer_plan(6, [2], [0], [5]).groups, removed=(1, 3, 4))
 
 
 def merged_naively(tensors, layer, group, *, reference):
@@ -177,10 +193,65 @@ def test_a_plan_made_in_python_is_checked_like_a_file(groups, complaint, switch,
         apply(switch, plan_for(Checkpoint(switch), {LAYER: layer_plan(6, *groups)}), tmp_path / "out")
 
 
-def test_removed_experts_cannot_be_applied(switch, tmp_path):
-    plan = plan_for(Checkpoint(switch), {LAYER: LayerPlan(6, layer_plan(6, [0, 1, 2, 4, 5]).groups, removed=(3,))})
-    with pytest.raises(UserError, match=f"removes expert 3 of {LAYER}"):
-        apply(switch, plan, tmp_path / "out")
+def test_a_removed_expert_leaves_with_its_router_row(switch, tmp_path):
+    apply(switch, plan_for(Checkpoint(switch), {LAYER: PRUNED}), tmp_path / "out")
+    before, after = load_tensors(switch), load_tensors(tmp_path / "out")
+    row = f"{LAYER}.router.classifier.weight"
+    assert torch.equal(after[row], before[row][[0, 2, 5]])
+    assert after[f"{LAYER}.expert_map"].tolist() == [0, 1, 2]
+    for place, e in enumerate((0, 2, 5)):
+        assert torch.equal(after[f"{LAYER}.experts.wi"][place], before[f"{LAYER}.experts.expert_{e}.wi.weight"])
+
+
+def test_a_pruned_layer_has_room_for_the_tokens_of_the_removed_experts(dropping_switch, tmp_path):
+    apply(dropping_switch, plan_for(Checkpoint(dropping_switch), {LAYER: PRUNED}), tmp_path / "out")
+    model = load(tmp_path / "out")
+    assert model.get_submodule(f"{LAYER}.router").expert_capacity == 4  # 2 * 6 / 3
+    assert model.get_submodule(f"{LAYERS[2]}.router").expert_capacity == 2
+
+
+def test_uniform_pruning_has_a_stock_export_with_the_kept_rows(switch, stats, records, tmp_path):
+    plan = make_plan(switch, stats, method="reap", experts=3, keep_layers=["none"], export="native")
+    apply(switch, plan, tmp_path / "native", export="native")
+    apply(switch, plan, tmp_path / "exact")
+    stock = SwitchTransformersForConditionalGeneration.from_pretrained(tmp_path / "native").eval()
+    torch.testing.assert_close(logits_of(stock, records), logits_of(load(tmp_path / "exact"), records))
+
+
+def test_mean_outputs_are_the_means_over_the_removed_experts_own_tokens(switch, stats, tmp_path):
+    plan = plan_for(Checkpoint(switch), {LAYER: PRUNED}, others="mean-output")
+    apply(switch, plan, tmp_path / "out", stats=stats)
+    before, after = load_tensors(switch), load_tensors(tmp_path / "out")
+    sample = stats.layers[LAYER].tokens()  # all tokens: the sample is larger than the data
+    assert after[f"{LAYER}.expert_map"].tolist() == [0, 3, 1, 4, 5, 2]
+    for place, e in enumerate(PRUNED.removed):
+        wi, wo = (before[f"{LAYER}.experts.expert_{e}.{part}.weight"] for part in ("wi", "wo"))
+        expected = ((sample.inputs[sample.expert == e] @ wi.T).relu() @ wo.T).mean(0)
+        torch.testing.assert_close(after[f"{LAYER}.experts.constants"][place], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("export", ["native", "dense"])
+def test_mean_outputs_need_the_exact_export(export, switch, stats, tmp_path):
+    plan = plan_for(Checkpoint(switch), dict.fromkeys(LAYERS, PRUNED), others="mean-output")
+    with pytest.raises(UserError, match=r"mean outputs|one expert in every MoE layer"):
+        apply(switch, plan, tmp_path / "out", stats=stats, export=export)
+
+
+def test_mean_outputs_need_statistics(switch, tmp_path):
+    with pytest.raises(UserError, match="needs --stats for the mean outputs"):
+        apply(switch, plan_for(Checkpoint(switch), {LAYER: PRUNED}, others="mean-output"), tmp_path / "out")
+
+
+def test_a_pruned_checkpoint_can_be_factorised_on_the_tokens_that_its_router_sends(switch, stats, tmp_path):
+    plan = make_plan(switch, stats, method="frequency", experts=3)
+    apply(switch, plan, tmp_path / "pruned")
+    report = factorize(tmp_path / "pruned", tmp_path / "out", stats=stats, rank=8, keep_rows=1.0, refit=False)
+    assert report.num_bytes == size_of(tmp_path / "out")
+    whole, parts = load_tensors(tmp_path / "pruned"), load_tensors(tmp_path / "out")
+    for name in plan.layers:
+        torch.testing.assert_close(
+            stored_stack(parts, f"{name}.experts.wi"), whole[f"{name}.experts.wi"], atol=1e-5, rtol=1e-4
+        )
 
 
 def test_nan_weights_are_named_and_nothing_is_left(copied, tmp_path):

@@ -30,8 +30,8 @@ from msmoe.errors import UserError
 from msmoe.export import EXPORTS, build_export
 from msmoe.factorize.run import factorize
 from msmoe.families import family_of
-from msmoe.methods import plan as make_plan
 from msmoe.plan import LayerPlan
+from msmoe.planning import plan as make_plan
 
 BATCH = random_records(5, seed=9, longest=20)
 

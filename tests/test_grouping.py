@@ -69,9 +69,10 @@ def test_a_uniform_budget_gives_every_layer_the_same():
     assert group_counts([np.array([0.9, 0.1, 0.0]), np.full(3, 1 / 3)], 2, budget="uniform") == [2, 2]
 
 
-def test_a_uniform_budget_must_be_whole():
-    with pytest.raises(UserError, match=r"whole number of experts, got 2.5"):
-        group_counts([np.full(4, 0.25)], 2.5, budget="uniform")
+def test_a_uniform_budget_that_is_not_whole_gives_one_more_where_the_next_expert_is_used_most():
+    usage = [np.array([0.4, 0.3, 0.3]), np.array([0.5, 0.48, 0.02]), np.array([0.6, 0.25, 0.15])]
+    # 4 experts for 3 layers: one each, and the fourth to the largest of the second-most used .3, .48, .25
+    assert group_counts(usage, 4 / 3, budget="uniform") == [1, 2, 1]
 
 
 @pytest.mark.parametrize("average", [0, 0.9, 4.1, -2, float("nan")])

@@ -1,85 +1,206 @@
 """The table of methods: every row makes a plan that keeps the promises of a plan, and bad requests are refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from tiny import LAYERS, layer_plan, load_tensors, plan_for, profile_small, save_switch, write_records
+from tiny import (
+    LAYERS,
+    layer_plan,
+    load_tensors,
+    logits_of,
+    plan_for,
+    profile_small,
+    save_switch,
+    stored_stack,
+    weight_files,
+    write_records,
+)
+from transformers import SwitchTransformersForConditionalGeneration
 
 from msmoe.apply import apply
 from msmoe.calibration.stats import Stats
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
-from msmoe.methods import METHODS, Parameters, member_weights, plan
+from msmoe.loading import load
+from msmoe.methods import METHODS, Parameters
 from msmoe.plan import Plan, check_layer
+from msmoe.planning import member_weights, plan
 from msmoe.similarity import BASES
+
+ASKED = {"full": {}, "dense": {}}  # references keep what they keep
+
+
+def asked(method: str, experts: float = 3) -> dict:
+    """The number of experts to ask a method for; references have their own."""
+    return ASKED.get(method, {"experts": experts})
 
 
 @pytest.mark.parametrize("method", METHODS)
 class TestEveryMethod:
-    def test_groups_are_a_partition_with_weights_of_sum_one(self, method, switch, stats):
-        result = plan(switch, stats, method=method, experts=3)
+    def test_groups_and_removed_experts_are_a_partition_with_weights_of_sum_one(self, method, switch, full_stats):
+        result = plan(switch, full_stats, method=method, **asked(method))
         for name, layer in result.layers.items():
             check_layer(name, layer)  # raises otherwise
             for group in layer.groups:
                 assert list(group.members) == sorted(group.members)
 
-    def test_the_total_is_the_budget(self, method, switch, stats):
-        result = plan(switch, stats, method=method, experts=3, keep_layers=["none"])
-        assert sum(len(layer.groups) for layer in result.layers.values()) == 3 * len(LAYERS)
+    def test_the_total_is_the_budget(self, method, switch, full_stats):
+        result = plan(switch, full_stats, method=method, keep_layers=["none"], **asked(method))
+        average = {"full": 6, "dense": 1}.get(method, 3)
+        assert sum(len(layer.groups) for layer in result.layers.values()) == average * len(LAYERS)
 
-    def test_groups_are_ordered_by_the_usage_of_their_dominant_expert(self, method, switch, stats):
-        for name, layer in plan(switch, stats, method=method, experts=3).layers.items():
-            keys = [(-float(stats.layers[name].usage_frequency[g.dominant]), g.dominant) for g in layer.groups]
+    def test_groups_are_ordered_by_the_usage_of_their_dominant_expert(self, method, switch, full_stats):
+        for name, layer in plan(switch, full_stats, method=method, **asked(method)).layers.items():
+            keys = [(-float(full_stats.layers[name].usage_frequency[g.dominant]), g.dominant) for g in layer.groups]
             assert keys == sorted(keys)
 
-    def test_keeping_every_expert_copies_every_weight(self, method, switch, stats, tmp_path):
-        result = plan(switch, stats, method=method, experts=6)
-        apply(switch, result, tmp_path / "out", stats=stats)
+    def test_keeping_every_expert_copies_every_weight(self, method, switch, full_stats, tmp_path):
+        if METHODS[method].fixed == "one":
+            pytest.skip("keeps one expert by definition")
+        result = plan(switch, full_stats, method=method, **({} if method == "full" else {"experts": 6}))
+        apply(switch, result, tmp_path / "out", stats=full_stats)
         source, written = load_tensors(switch), load_tensors(tmp_path / "out")
         for name in LAYERS:
+            assert torch.equal(written[f"{name}.router.classifier.weight"], source[f"{name}.router.classifier.weight"])
             for e in range(6):
                 assert torch.equal(written[f"{name}.experts.wi"][e], source[f"{name}.experts.expert_{e}.wi.weight"])
                 assert torch.equal(written[f"{name}.experts.wo"][e], source[f"{name}.experts.expert_{e}.wo.weight"])
 
-    def test_the_same_input_gives_the_same_plan(self, method, switch, stats):
-        first, second = (plan(switch, stats, method=method, experts=2, seed=3) for _ in range(2))
+    def test_the_same_input_gives_the_same_plan_and_the_same_bytes(self, method, switch, full_stats, tmp_path):
+        first, second = (plan(switch, full_stats, method=method, seed=3, **asked(method, 2)) for _ in range(2))
         assert first.to_json() == second.to_json()
+        for name, result in (("first", first), ("second", second)):
+            apply(switch, result, tmp_path / name, stats=full_stats)
+        assert weight_files(tmp_path / "first") == weight_files(tmp_path / "second")
 
-    def test_the_plan_does_not_depend_on_the_batch_size_of_profiling(self, method, switch, stats, data):
-        other = profile_small(switch, data, batch_size=1)
-        assert (
-            plan(switch, other, method=method, experts=3).layers == plan(switch, stats, method=method, experts=3).layers
-        )
+    def test_the_plan_does_not_depend_on_the_batch_size_of_profiling(self, method, switch, full_stats, data):
+        other = profile_small(switch, data, batch_size=1, fisher=64, gradients=True)
+        plans = [plan(switch, stats, method=method, **asked(method)) for stats in (other, full_stats)]
+        for first, second in zip(*(p.layers.values() for p in plans), strict=True):
+            assert first.removed == second.removed
+            for one, two in zip(first.groups, second.groups, strict=True):
+                assert (one.dominant, one.members) == (two.dominant, two.members)
+                np.testing.assert_allclose(one.weights, two.weights, rtol=1e-5)
 
-    def test_predicted_bytes_are_those_of_the_written_tensors(self, method, switch, stats, tmp_path):
-        result = plan(switch, stats, method=method, experts=2.5)
-        apply(switch, result, tmp_path / "out", stats=stats)
+    def test_predicted_bytes_are_those_of_the_written_tensors(self, method, switch, full_stats, tmp_path):
+        result = plan(switch, full_stats, method=method, **asked(method, 2.5))
+        apply(switch, result, tmp_path / "out", stats=full_stats)
         tensors = load_tensors(tmp_path / "out").values()
         assert result.predicted["bytes"] == sum(t.numel() * t.element_size() for t in tensors)
 
-    def test_the_plan_survives_its_file(self, method, switch, stats, tmp_path):
-        result = plan(switch, stats, method=method, experts=3)
+    def test_the_plan_survives_its_file(self, method, switch, full_stats, tmp_path):
+        result = plan(switch, full_stats, method=method, **asked(method))
         result.save(tmp_path / "plan.json")
         assert Plan.load(tmp_path / "plan.json") == result
 
-    def test_merged_copies_of_one_expert_are_that_expert(self, method, data, tmp_path):
-        copies = save_copies(tmp_path / "copies")
-        stats = profile_small(copies, data)
-        result = plan(copies, stats, method=method, experts=2)
-        apply(copies, result, tmp_path / "out", stats=stats)
+    def test_copies_of_one_expert_compress_to_that_expert(self, method, copies, copies_stats, tmp_path):
+        result = plan(copies, copies_stats, method=method, **asked(method, 2))
+        apply(copies, result, tmp_path / "out", stats=copies_stats)
         source, written = load_tensors(copies), load_tensors(tmp_path / "out")
         for name in result.layers:
             wi, wo = (source[f"{name}.experts.expert_0.{part}.weight"] for part in ("wi", "wo"))
-            for merged_wi, merged_wo in zip(written[f"{name}.experts.wi"], written[f"{name}.experts.wo"], strict=True):
-                torch.testing.assert_close(merged_wi, wi)
-                torch.testing.assert_close(merged_wo, wo, rtol=1e-3, atol=1e-4)
+            for stored_wi, stored_wo in zip(
+                stored_stack(written, f"{name}.experts.wi"), stored_stack(written, f"{name}.experts.wo"), strict=True
+            ):
+                x = torch.randn(50, wi.shape[1], generator=torch.Generator().manual_seed(1))
+                ours, theirs = (torch.relu(x @ a.T) @ b.T for a, b in ((stored_wi, stored_wo), (wi, wo)))
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-3)
 
-    def test_a_bfloat16_checkpoint_stays_bfloat16(self, method, data, tmp_path):
-        half = save_switch(tmp_path / "half", dtype=torch.bfloat16)
-        stats = profile_small(half, data)
-        apply(half, plan(half, stats, method=method, experts=2), tmp_path / "out", stats=stats)
-        dtypes = {t.dtype for name, t in load_tensors(tmp_path / "out").items() if not name.endswith("expert_map")}
+    def test_copies_of_one_expert_compress_without_loss_where_the_gate_stays(
+        self, method, copies, copies_stats, records, tmp_path
+    ):
+        others = {"others": "nearest"} if METHODS[method].kind == "pruning" else {}
+        if METHODS[method].defaults.routing == "dominant":
+            others = {"routing": "original"}
+        result = plan(copies, copies_stats, method=method, **asked(method, 2), **others)
+        apply(copies, result, tmp_path / "out", stats=copies_stats)
+        difference = logits_of(load(tmp_path / "out"), records) - logits_of(load(copies), records)
+        assert difference.abs().max() < 1e-3
+
+    def test_no_token_reaches_a_removed_expert(self, method, switch, full_stats, records, tmp_path):
+        """Against the stock model with stored experts in place and removed rows at minus infinity."""
+        result = plan(switch, full_stats, method=method, **asked(method, 2))
+        apply(switch, result, tmp_path / "out", stats=full_stats)
+        expected = logits_of(masked_model(switch, tmp_path / "out", result), records)
+        torch.testing.assert_close(logits_of(load(tmp_path / "out"), records), expected, rtol=1e-4, atol=1e-4)
+
+    def test_a_bfloat16_checkpoint_stays_bfloat16(self, method, half, half_stats, tmp_path):
+        apply(half, plan(half, half_stats, method=method, **asked(method, 2)), tmp_path / "out", stats=half_stats)
+        tensors = load_tensors(tmp_path / "out").items()
+        dtypes = {t.dtype for name, t in tensors if not name.endswith(("expert_map", ".rows"))}
         assert dtypes == {torch.bfloat16}
+
+    def test_statistics_without_what_it_needs_are_refused_with_the_flag_that_collects_it(self, method, switch, stats):
+        needs = set(METHODS[method].defaults.needs)
+        older = replace(
+            stats, layers={n: replace(s, output_sum=None, output_norm_sum=None) for n, s in stats.layers.items()}
+        )
+        if "expert outputs" in needs:
+            with pytest.raises(UserError, match=f"{method} needs expert outputs.*this version of `msmoe profile`"):
+                plan(switch, older, method=method, **asked(method))
+        elif "output gradients" in needs:
+            with pytest.raises(UserError, match=f"{method} needs output gradients.*--fisher"):
+                plan(switch, stats, method=method, **asked(method))
+        else:
+            plan(switch, older, method=method, **asked(method))
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    return save_copies(tmp_path_factory.mktemp("copies") / "ckpt")
+
+
+@pytest.fixture(scope="module")
+def copies_stats(copies, data):
+    return profile_small(copies, data, fisher=64)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    return save_switch(tmp_path_factory.mktemp("half") / "ckpt", dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def half_stats(half, data):
+    return profile_small(half, data, fisher=64)
+
+
+def masked_model(source, exact, result):
+    """The stock model: each expert has its group's stored weights, a removed row the logit minus infinity.
+
+    A router of which only the dominant rows stay has the others at minus infinity as well. Experts replaced by their
+    mean output have no weights but a bias, which a module of its own adds.
+    """
+    model = SwitchTransformersForConditionalGeneration.from_pretrained(source).eval()
+    tensors = load_tensors(exact)
+    for name, layer in result.layers.items():
+        mlp, stored = model.get_submodule(name), {p: stored_stack(tensors, f"{name}.experts.{p}") for p in ("wi", "wo")}
+        for place, g in enumerate(layer.stored_order):
+            for e in layer.groups[g].members:
+                with torch.no_grad():
+                    mlp.experts[f"expert_{e}"].wi.weight.copy_(stored["wi"][place])
+                    mlp.experts[f"expert_{e}"].wo.weight.copy_(stored["wo"][place])
+        if result.parameters["others"] == "mean-output":
+            for i, e in enumerate(layer.removed):
+                mlp.experts[f"expert_{e}"] = Constant(tensors[f"{name}.experts.constants"][i])
+            continue
+        live = {e for g in layer.groups for e in g.members}
+        if result.parameters["routing"] == "dominant":
+            live = {g.dominant for g in layer.groups}
+        dead = torch.tensor([e for e in range(6) if e not in live], dtype=torch.int64)
+        mlp.router.classifier.register_forward_hook(lambda m, i, out, dead=dead: out.index_fill(-1, dead, -torch.inf))
+    return model
+
+
+class Constant(torch.nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x):
+        return self.value.expand_as(x)
 
 
 def save_copies(path):
@@ -114,15 +235,16 @@ def test_keeping_every_layer_is_refused(switch, stats):
 
 
 def test_usage_weights_are_shares_of_the_group():
-    assert member_weights(torch.tensor([6, 9, 2]), [0, 2], "usage") == (0.75, 0.25)  # 6/8, 2/8
+    assert member_weights(torch.tensor([6, 9, 2]), [0, 2]) == (0.75, 0.25)  # 6/8, 2/8
 
 
 def test_a_group_that_was_never_used_is_averaged_plainly():
-    assert member_weights(torch.tensor([0, 9, 0, 0, 0]), [0, 2, 3, 4], "usage") == (0.25,) * 4
+    assert member_weights(torch.tensor([0, 9, 0, 0, 0]), [0, 2, 3, 4]) == (0.25,) * 4
 
 
-def test_uniform_weights_ignore_usage():
-    assert member_weights(torch.tensor([6, 9, 2, 1]), [0, 3], "uniform") == (0.5, 0.5)
+def test_uniform_weights_ignore_usage(switch, stats):
+    for layer in plan(switch, stats, method="average", experts=2).layers.values():
+        assert all(g.weights == (1 / len(g.members),) * len(g.members) for g in layer.groups)
 
 
 def test_m_smoe_weights_its_members_by_routed_tokens(switch, stats):
@@ -157,7 +279,7 @@ def test_every_similarity_makes_a_plan_of_the_right_size(base, switch, stats):
 
 @pytest.mark.parametrize("base", ["gradient", "weight-gradient"])
 def test_gradient_similarities_ask_for_gradients(base, switch, stats):
-    with pytest.raises(UserError, match="profile with --gradients"):
+    with pytest.raises(UserError, match=r"needs weight gradients.*--gradients"):
         plan(switch, stats, similarity=base, experts=3)
 
 
@@ -175,7 +297,7 @@ def test_an_impossible_number_of_experts_is_refused_with_the_range(experts, show
         ({"method": "m-smoo"}, "unknown method 'm-smoo' - did you mean 'm-smoe'"),
         ({"similarity": "router-logit"}, "did you mean 'router-logits'"),
         ({"align": "weights"}, "did you mean 'weight'"),
-        ({"grouping": "zzz"}, "Choose one of: dominant, hierarchical, kmeans, spectral, random"),
+        ({"grouping": "zzz"}, "Choose one of: dominant, hierarchical, kmeans, spectral, random, centroids-first"),
         ({"align_to": "second"}, "unknown align-to 'second'"),
         ({"keep_layers": ["encoder.block.1.layer.1.mpl"]}, "did you mean 'encoder.block.1.layer.1.mlp'"),
         ({"export": "onnx"}, "unknown export 'onnx'"),

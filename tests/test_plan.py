@@ -10,8 +10,8 @@ from tiny import LAYERS, layer_plan, plan_for
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
 from msmoe.families import family_of
-from msmoe.methods import plan as make_plan
 from msmoe.plan import Group, LayerPlan, Plan
+from msmoe.planning import plan as make_plan
 
 LAYER = LAYERS[1]
 

@@ -20,7 +20,7 @@ from msmoe.calibration.batches import record_key
 from msmoe.calibration.records import TokenRecord
 from msmoe.errors import UserError
 from msmoe.families import FAMILIES
-from msmoe.methods import plan as make_plan
+from msmoe.planning import plan as make_plan
 from msmoe.sequential import moved_inputs
 
 

@@ -39,7 +39,7 @@ def make_view(*, seed: int = 0, dead: tuple[int, ...] = ()) -> LayerView:
         input_abs_sum=chosen.T @ inputs.abs().double(),
         input_square_sum=chosen.T @ inputs.square().double(),
         sequence_counts=chosen.sum(0, keepdim=True).int(),
-        sample=TokenSample(inputs, expert, gate, keys, keys, keys),
+        sample=TokenSample(inputs, expert, gate, keys, keys, keys, torch.empty(len(keys), 0)),
         sample_size=4096,
         gradient_gram=gradients @ gradients.T,
         weight_gradient_gram=gradients.abs() @ gradients.abs().T,

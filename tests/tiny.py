@@ -10,8 +10,8 @@ from transformers import SwitchTransformersConfig, SwitchTransformersForConditio
 
 from msmoe.apply import apply
 from msmoe.calibration.profile import profile
-from msmoe.methods import plan as make_plan
 from msmoe.plan import Group, LayerPlan, Plan
+from msmoe.planning import plan as make_plan
 
 VOCAB = 64
 LAYERS = (

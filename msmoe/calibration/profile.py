@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from msmoe.calibration.batches import batch_indices, collate, record_key
+from msmoe.calibration.output_gradients import output_gradients
 from msmoe.calibration.recorder import Recorder
 from msmoe.calibration.records import TokenRecord, choose_records, digest_records, read_records, tokenize
-from msmoe.calibration.stats import Stats, with_gradients
+from msmoe.calibration.stats import Stats, with_gradients, with_output_gradient
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
 from msmoe.families import Family, family_of, inspectable_family_of
@@ -27,6 +28,7 @@ def profile(
     token_sample: int = 4096,
     seed: int = 0,
     gradients: bool = False,
+    fisher: int = 0,
     device: str = "cpu",
     max_source_length: int = 512,
     max_target_length: int = 128,
@@ -45,6 +47,8 @@ def profile(
         token_sample: tokens kept per layer for everything that depends on expert outputs.
         gradients: also record what the `gradient` similarities need: one backward pass, and memory for the
             gradients of all experts.
+        fisher: records for which the gradients at the layers' outputs are recorded on top, that `fisher` merging
+            needs: one more forward and a backward pass over these, without gradients of weights.
         device: where the model runs.
         progress: called after each batch with (records done, records in all).
 
@@ -58,6 +62,8 @@ def profile(
         family_of(source)  # says why not
     if gradients and source.model_type == family.compressed_model_type:
         raise UserError(f"--gradients needs an original checkpoint; {source.path} is compressed")
+    if fisher < 0:
+        raise UserError(f"--fisher must not be negative, got {fisher}")
     if samples < 1 or batch_size < 1 or token_sample < 1:
         raise UserError(
             f"samples, batch size and token sample must be at least 1, got {samples}, {batch_size}, {token_sample}"
@@ -88,6 +94,10 @@ def profile(
             if progress:
                 progress(done, len(records))
     layers = {layer.name: recorder.layers[layer.name].stats() for layer in stored}
+    if fisher:
+        chosen = keys.argsort()[:fisher].tolist()
+        known = output_gradients(family, model, layers, [records[i] for i in chosen], batch_size=batch_size, seed=seed)
+        layers = {name: with_output_gradient(layer, known[name]) for name, layer in layers.items()}
     if gradients:
         batches = [
             collate([records[i] for i in chosen], pad_id=pad_id) for chosen in batch_indices(records, batch_size)

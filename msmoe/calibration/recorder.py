@@ -1,10 +1,13 @@
-"""Hooks on the routers: sums over tokens of everything that later steps need.
+"""Hooks on the routers and MoE layers: sums over tokens of everything that later steps need.
+
+No expert runs a second time: what an expert gave is the layer's output over the gate value.
 
 Shapes: B batch, S sequence, T valid tokens, E experts, D d_model.
 """
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +30,12 @@ class LayerRecorder:
         self._sequence_counts: list[Tensor] = []
         self._buffered = 0
 
-    def update(self, routing: Routing, valid: Tensor, records: Tensor) -> None:
+    def update(self, routing: Routing, outputs: Tensor, valid: Tensor, records: Tensor) -> None:
         """Add a batch.
 
         Args:
             routing: what the router did, (B, S, ...).
+            outputs: (B, S, D) what the layer gave, gate included.
             valid: (B, S) bool; padding is False.
             records: (B,) int64 identities of the records.
         """
@@ -53,6 +57,7 @@ class LayerRecorder:
         self._add("input_sum", chosen_TE.T @ inputs64_TD)
         self._add("input_abs_sum", chosen_TE.T @ inputs64_TD.abs())
         self._add("input_square_sum", chosen_TE.T @ inputs64_TD.square())
+        self._add_outputs(outputs[valid].float().cpu()[dispatched], gate[dispatched], expert[dispatched])
 
         counts_BE = torch.zeros(len(records), self.num_experts, dtype=torch.int32)
         counts_BE.index_put_((where[:, 0], expert), torch.ones(len(expert), dtype=torch.int32), accumulate=True)
@@ -60,12 +65,29 @@ class LayerRecorder:
 
         record, position = records[where[:, 0]], where[:, 1]
         key = torch.from_numpy(token_keys(record.numpy(), position.numpy(), seed=self.seed))
-        batch = TokenSample(inputs_TD, expert, gate, record, position, key).select(dispatched)
+        gradient = torch.empty(len(expert), 0)
+        batch = TokenSample(inputs_TD, expert, gate, record, position, key, gradient).select(dispatched)
         kept = sample_mask(batch.key.numpy(), batch.expert.numpy(), self.num_experts, self.sample_size)
         self._parts.append(batch.select(torch.from_numpy(kept)))
         self._buffered += int(np.count_nonzero(kept))
         if self._buffered > 2 * self.sample_size:
             self._draw()
+
+    def _add_outputs(self, outputs: Tensor, gate: Tensor, expert: Tensor) -> None:
+        """Sums of what the experts gave to dispatched tokens, before the gate.
+
+        Args:
+            outputs: (T, D) with the gate; gate: (T,); expert: (T,).
+        """
+        gated_norm_T = outputs.norm(dim=1).double()
+        gate_T = gate.double().clamp(min=torch.finfo(torch.float32).tiny)
+        norm_T = gated_norm_T / gate_T
+        sums = torch.zeros(3, self.num_experts, dtype=torch.float64)
+        sums.index_add_(1, expert, torch.stack([norm_T, gated_norm_T, norm_T.square()]))
+        for name, value in zip(("output_norm_sum", "gated_norm_sum", "output_square_sum"), sums, strict=True):
+            self._add(name, value)
+        total_ED = torch.zeros(self.num_experts, outputs.shape[1], dtype=torch.float64)
+        self._add("output_sum", total_ED.index_add_(0, expert, outputs.double() / gate_T[:, None]))
 
     def _add(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums[name] + value if name in self.sums else value
@@ -85,27 +107,40 @@ class LayerRecorder:
 
 
 class Recorder:
-    """Recorders of all layers of a model, fed by forward hooks between `attached()` and its end."""
+    """Recorders of all layers of a model, fed by forward hooks between `attached()` and its end.
+
+    A layer's router runs before the layer returns: what the router did waits for what the layer gives.
+    """
 
     def __init__(self, family: Family, model: nn.Module, *, sample_size: int, seed: int):
         self.family = family
         self.routers = family.routers(model)
+        self.modules = {name: model.get_submodule(name) for name in self.routers}
+        self.routings: dict[str, Routing] = {}
         self.layers = {name: LayerRecorder(sample_size=sample_size, seed=seed) for name in self.routers}
         self.valid = torch.empty(0)
         self.records = torch.empty(0, dtype=torch.int64)
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """Hooks on every router; removed on the way out, whatever happens."""
-        handles = [router.register_forward_hook(self._hook(name)) for name, router in self.routers.items()]
+        """Hooks on every router and MoE layer; removed on the way out, whatever happens."""
+        handles = [router.register_forward_hook(self._router_hook(name)) for name, router in self.routers.items()]
+        handles += [module.register_forward_hook(self._layer_hook(name)) for name, module in self.modules.items()]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, name: str):
+    def _router_hook(self, name: str):
         def hook(module: nn.Module, inputs: tuple, outputs: tuple) -> None:
-            self.layers[name].update(self.family.routing(inputs, outputs), self.valid, self.records)
+            self.routings[name] = self.family.routing(inputs, outputs)
+
+        return hook
+
+    def _layer_hook(self, name: str):
+        def hook(module: nn.Module, inputs: tuple, outputs: Any) -> None:
+            given = self.family.layer_output(outputs)
+            self.layers[name].update(self.routings.pop(name), given, self.valid, self.records)
 
         return hook

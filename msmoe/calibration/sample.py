@@ -7,7 +7,7 @@ whatever the batches and their order, and two samples merge into the sample of t
 Shapes: S sampled tokens, T tokens, E experts, D d_model.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ class TokenSample:
         gate: (S,) float32 gate value.
         record: (S,) int64 identity of the record; position: (S,) int64 position in it.
         key: (S,) int64 sampling key.
+        output_gradient: (S, D) float32 gradient of the log-likelihood with respect to the layer's output, NaN for
+            tokens of records that it was not asked for; (S, 0) where it was not recorded.
     """
 
     inputs: Tensor
@@ -32,6 +34,7 @@ class TokenSample:
     record: Tensor
     position: Tensor
     key: Tensor
+    output_gradient: Tensor
 
     def __len__(self) -> int:
         return len(self.expert)
@@ -59,8 +62,18 @@ class TokenSample:
         sampled = torch.bincount(self.expert, minlength=len(dispatched))
         return (dispatched.double() / sampled.clamp(min=1))[self.expert]
 
+    @property
+    def has_gradient(self) -> Tensor:
+        """(S,) bool: tokens whose output gradient is known."""
+        if self.output_gradient.shape[1] == 0:
+            return torch.zeros(len(self), dtype=torch.bool)
+        return self.output_gradient[:, 0].isfinite()
+
     @staticmethod
     def concatenate(samples: "list[TokenSample]") -> "TokenSample":
+        """All tokens of some samples; without gradients unless every sample has them."""
+        if len({s.output_gradient.shape[1] for s in samples}) > 1:
+            samples = [replace(s, output_gradient=s.output_gradient[:, :0]) for s in samples]
         return TokenSample(*(torch.cat([getattr(s, f.name) for s in samples]) for f in fields(TokenSample)))
 
 

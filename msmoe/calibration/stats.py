@@ -25,9 +25,11 @@ from msmoe.errors import UserError
 
 FORMAT = "msmoe-stats/1"
 SUMS = ("soft_mass", "router_logits_gram", "input_sum", "input_abs_sum", "input_square_sum")
+OUTPUT_SUMS = ("output_norm_sum", "gated_norm_sum", "output_square_sum", "output_sum")
 STORED = (*SUMS, "sequence_counts")
-GRADIENT_GRAMS = ("gradient_gram", "weight_gradient_gram")
+OPTIONAL = (*OUTPUT_SUMS, "gradient_gram", "weight_gradient_gram")
 SAMPLE_FIELDS = tuple(f.name for f in fields(TokenSample))
+GRADIENT = "output_gradient"  # of the sample; statistics without it are older or had no use for it
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class LayerStats:
         sequence_counts: (N, E) int32 routed tokens of each of N sequences, rows sorted: what capacity acts on.
         sample: the token sample, or how to read it.
         sample_size: the bound under which the sample was drawn.
+        output_norm_sum, gated_norm_sum, output_square_sum: (E,) float64 sums of |f|, g |f| and |f|^2 over dispatched
+            tokens, f being the expert's output before the gate g; output_sum: (E, D) float64 sum of f. None in
+            statistics that were made before these were recorded.
         gradient_gram, weight_gradient_gram: (E, E) float64 inner products of the experts' loss gradients, and of
             gradient times weight; only where asked for.
     """
@@ -58,6 +63,10 @@ class LayerStats:
     sequence_counts: Tensor
     sample: TokenSample | Callable[[], TokenSample]
     sample_size: int
+    output_norm_sum: Tensor | None = None
+    gated_norm_sum: Tensor | None = None
+    output_square_sum: Tensor | None = None
+    output_sum: Tensor | None = None
     gradient_gram: Tensor | None = None
     weight_gradient_gram: Tensor | None = None
 
@@ -80,6 +89,11 @@ class LayerStats:
             return torch.full((self.num_experts,), 1 / self.num_experts, dtype=torch.float64)
         return self.routed.double() / self.num_tokens
 
+    @property
+    def has_output_gradients(self) -> bool:
+        """Whether gradients at the layer's outputs were recorded."""
+        return self.tokens().output_gradient.shape[1] > 0
+
     def tokens(self) -> TokenSample:
         """The token sample, read from disk if need be."""
         return self.sample() if callable(self.sample) else self.sample
@@ -89,9 +103,10 @@ class LayerStats:
             warnings.warn("gradient similarities do not add up: the sum has none", stacklevel=3)
         size = min(self.sample_size, other.sample_size)
         sample = TokenSample.concatenate([self.tokens(), other.tokens()]).drawn(size, self.num_experts)
-        sums = {
-            name: getattr(self, name) + getattr(other, name) for name in ("routed", "dispatched", "gate_mass", *SUMS)
-        }
+        names = ["routed", "dispatched", "gate_mass", *SUMS]
+        if self.output_sum is not None and other.output_sum is not None:
+            names += OUTPUT_SUMS
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
         sequences = sort_rows(torch.cat([self.sequence_counts, other.sequence_counts]))
         return LayerStats(**sums, sequence_counts=sequences, sample=sample, sample_size=size)
 
@@ -164,7 +179,10 @@ class Stats:
         digest = sha256(json.dumps(self.describe() | {"data": self.data["sha256"]}).encode())
         for layer in self.layers.values():
             digest.update(layer.router_logits_gram.numpy().tobytes())
-            digest.update(layer.tokens().key.numpy().tobytes())
+            sample = layer.tokens()
+            digest.update(sample.key.numpy().tobytes())
+            if sample.output_gradient.shape[1]:
+                digest.update(sample.has_gradient.numpy().tobytes())
         return digest.hexdigest()
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
@@ -178,7 +196,7 @@ class Stats:
             raise UserError(f"{path} exists; use --force to replace it")
         tensors = {}
         for name, layer in self.layers.items():
-            for key in (*STORED, *GRADIENT_GRAMS):
+            for key in (*STORED, *OPTIONAL):
                 if (value := getattr(layer, key)) is not None:
                     tensors[f"{name}/{key}"] = value.contiguous()
             sample = layer.tokens()
@@ -244,18 +262,21 @@ class Stats:
 def _load_layer(file: Path, name: str, entry: dict) -> LayerStats:
     def read_sample() -> TokenSample:
         with safe_open(file, "pt") as tensors:
-            return TokenSample(*(tensors.get_tensor(f"{name}/sample/{key}") for key in SAMPLE_FIELDS))
+            stored = {key: tensors.get_tensor(f"{name}/sample/{key}") for key in SAMPLE_FIELDS if key != GRADIENT}
+            key = f"{name}/sample/{GRADIENT}"
+            gradient = tensors.get_tensor(key) if key in tensors.keys() else torch.empty(len(stored["key"]), 0)  # noqa: SIM118
+            return TokenSample(**stored, output_gradient=gradient)
 
     with safe_open(file, "pt") as tensors:
         stored = {key: tensors.get_tensor(f"{name}/{key}") for key in STORED}
         names = set(tensors.keys())
-        grams = {key: tensors.get_tensor(f"{name}/{key}") for key in GRADIENT_GRAMS if f"{name}/{key}" in names}
+        optional = {key: tensors.get_tensor(f"{name}/{key}") for key in OPTIONAL if f"{name}/{key}" in names}
     return LayerStats(
         routed=torch.tensor(entry["routed"]),
         dispatched=torch.tensor(entry["dispatched"]),
         gate_mass=torch.tensor(entry["gate_mass"], dtype=torch.float64),
         **stored,
-        **grams,
+        **optional,
         sample=read_sample,
         sample_size=int(entry["sample_size"]),
     )
@@ -264,6 +285,11 @@ def _load_layer(file: Path, name: str, entry: dict) -> LayerStats:
 def with_gradients(layer: LayerStats, gradient_gram: Tensor, weight_gradient_gram: Tensor) -> LayerStats:
     """The same statistics with the Gram matrices (E, E) of the experts' loss gradients."""
     return replace(layer, gradient_gram=gradient_gram, weight_gradient_gram=weight_gradient_gram)
+
+
+def with_output_gradient(layer: LayerStats, gradient: Tensor) -> LayerStats:
+    """The same statistics with the gradient (S, D) at the layer's output of every sampled token, NaN where unknown."""
+    return replace(layer, sample=replace(layer.tokens(), output_gradient=gradient))
 
 
 def sort_rows(matrix: Tensor) -> Tensor:

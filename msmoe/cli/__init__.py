@@ -8,7 +8,7 @@ import click
 from msmoe.errors import UserError
 
 COMMANDS = (
-    "inspect", "profile", "plan", "apply", "factorize", "recover", "compress", "evaluate", "methods", "demo",
+    "inspect", "profile", "plan", "apply", "factorize", "recover", "compress", "evaluate", "compare", "methods", "demo",
 )  # fmt: skip
 
 

@@ -22,6 +22,8 @@ from msmoe.cli.options import (
 from msmoe.cli.plan import print_plan
 from msmoe.cli.profile import warn_unused
 
+FISHER_RECORDS = 64  # for methods that need them, unless --fisher says otherwise
+
 
 @click.command("compress")
 @checkpoint_argument
@@ -37,7 +39,7 @@ from msmoe.cli.profile import warn_unused
 @json_option
 def command(
     checkpoint: Path, data: str, out: Path, method: str, samples: int, batch_size: int, token_sample: int,
-    gradients: bool, device: str, max_source_length: int, max_target_length: int, export: str, router: str,
+    gradients: bool, fisher: int, device: str, max_source_length: int, max_target_length: int, export: str, router: str,
     max_shard_size: str, force: bool, resume: bool, dry_run: bool, seed: int, as_json: bool, **options,
 ) -> None:  # fmt: skip
     """Profile, plan and apply in one go. The plan stays in the output as plan.json.
@@ -49,7 +51,8 @@ def command(
     from msmoe.calibration.profile import profile
     from msmoe.checkpoint import Checkpoint
     from msmoe.families import family_of
-    from msmoe.methods import check_request, plan
+    from msmoe.methods import resolve
+    from msmoe.planning import check_request, plan
 
     if not dry_run:
         check_output(out, force=force)
@@ -57,10 +60,12 @@ def command(
     source = Checkpoint(checkpoint)
     choices = choices_of(options)
     check_request(family_of(source), source, method=method, export=export, router=router, **choices)
+    needed = resolve(method, {name: value for name, value in choices.items() if name != "keep_layers"}).needs
     with progress("profiling") as update:
         stats = profile(
             checkpoint, data, samples=samples, batch_size=batch_size, token_sample=token_sample, seed=seed,
-            gradients=gradients or str(options["similarity"]).endswith("gradient"), device=device,
+            gradients=gradients or "weight gradients" in needed, device=device,
+            fisher=fisher or (FISHER_RECORDS if "output gradients" in needed else 0),
             max_source_length=max_source_length, max_target_length=max_target_length, progress=update,
         )  # fmt: skip
     warn_unused(stats)

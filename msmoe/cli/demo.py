@@ -47,7 +47,7 @@ def command(
     from msmoe.demo import CALIBRATION, CHECKPOINT
     from msmoe.factorize.run import factorize
     from msmoe.families import family_of
-    from msmoe.methods import check_request, plan
+    from msmoe.planning import check_request, plan
     from msmoe.recover.run import recover
 
     if out is not None:

@@ -16,23 +16,38 @@ def command(as_json: bool) -> None:
     \b
     Example: msmoe methods
     """
-    from msmoe.methods import CHOICES, METHODS
+    from msmoe.methods import CHOICES, METHODS, STATISTICS
 
     if as_json:
         print_json(
             {
-                m.name: {"summary": m.summary, "source": m.source, "defaults": asdict(m.defaults)}
+                m.name: {
+                    "kind": m.kind,
+                    "summary": m.summary,
+                    "source": m.source,
+                    "needs": list(m.defaults.needs),
+                    "defaults": asdict(m.defaults),
+                }
                 for m in METHODS.values()
             }
         )
         return
     rows = table("method")
+    rows.add_column("kind", justify="left")
     rows.add_column("what it does", justify="left", overflow="fold")
-    rows.add_column("source", justify="left")
+    rows.add_column("needs", justify="left", overflow="fold")
+    rows.add_column("source", justify="left", overflow="fold")
     for method in METHODS.values():
-        rows.add_row(method.name, method.summary, method.source)
+        needs = ", ".join(method.defaults.needs)
+        rows.add_row(method.name, method.kind, method.summary, needs, method.source)
     out = console()
     out.print(rows)
+    out.print()
+    collected = table("statistics needed")
+    collected.add_column("where they come from", justify="left", overflow="fold")
+    for name, how in STATISTICS.items():
+        collected.add_row(name, how.replace("`", ""))
+    out.print(collected)
     out.print()
     choices = table("option")
     choices.add_column("choices", justify="left", overflow="fold")

@@ -36,6 +36,14 @@ PROFILE_OPTIONS = (
     click.option(
         "--gradients", is_flag=True, help="Also record what the gradient similarities need (a backward pass)."
     ),
+    click.option(
+        "--fisher",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Records for which the gradients are recorded that method fisher needs (one more forward pass and a "
+        "backward pass over these).",
+    ),
     click.option("--device", default="cpu", show_default=True, help="Where the model runs, e.g. cuda."),
     click.option(
         "--max-source-length", type=click.IntRange(min=2), default=512, show_default=True, help="Longer inputs are cut."
@@ -45,7 +53,7 @@ PROFILE_OPTIONS = (
     ),
 )
 PLAN_OPTIONS = (
-    click.option("--experts", type=float, default=8, show_default=True, help="Experts kept per layer, on average."),
+    click.option("--experts", type=float, help="Experts kept per layer, on average; default 8."),
     click.option(
         "--budget",
         help="adaptive: layers whose usage is spread keep more (default); uniform: the same in every layer, which "
@@ -58,21 +66,43 @@ PLAN_OPTIONS = (
         metavar="NAME",
         help="Leave this layer as it is (repeatable). Default: the first MoE layer of the encoder; 'none' keeps none.",
     ),
+    click.option("--saliency", help="What makes an expert worth keeping, default usage; see `msmoe methods`."),
+    click.option(
+        "--others",
+        help="What becomes of the experts not kept: merge them (default of merging methods); remove them, the router "
+        "choosing among the kept ones (default of pruning methods); send their tokens to the nearest kept expert, at "
+        "the original gate value; or put their mean-output in their place.",
+    ),
+    click.option(
+        "--selection",
+        help="How pruning chooses: top scores, the subset that reproduces the layer best, or progressive, in steps.",
+    ),
     click.option("--similarity", help="What makes experts similar, default router-logits; see `msmoe methods`."),
-    click.option("--metric", help="cosine (default) or distance."),
-    click.option("--grouping", help="dominant (default), hierarchical, kmeans, spectral or random."),
+    click.option("--metric", help="cosine (default), distance or euclidean."),
+    click.option("--grouping", help="dominant (default), centroids-first, hierarchical, kmeans, spectral or random."),
     click.option("--group-capacity", type=int, help="Most members of a group, its dominant expert included."),
-    click.option("--weighting", help="Weights of a group's members: usage or uniform; default: the method's."),
-    click.option("--align", help="How neurons are matched before averaging: weight (default), activation or none."),
+    click.option(
+        "--weighting", help="Weights of a group's members: usage, uniform or saliency; default: the method's."
+    ),
+    click.option(
+        "--rule",
+        help="What a group becomes: average (default), fisher, zipit, repair, least-squares or union-svd.",
+    ),
+    click.option("--align", help="How neurons are matched before merging: weight (default), activation, ream or none."),
     click.option(
         "--align-to",
-        help="dominant: each group to its dominant expert (default); first: every expert to expert 0, as published.",
+        help="dominant: each group to its dominant expert (default); first: every expert to expert 0, as published; "
+        "mean: each member to the mean of the others, until none moves.",
     ),
     click.option("--canonical/--no-canonical", default=None, help="Scale ReLU neurons to equal norms before matching."),
     click.option(
         "--refit",
         help="none, independent, or sequential (layer by layer on the inputs that compressed layers give; needs the "
         "data at apply); default: the method's.",
+    ),
+    click.option(
+        "--routing",
+        help="original: all router rows and a map (default); dominant: the rows of the dominant experts only.",
     ),
 )
 FACTOR_OPTIONS = (
@@ -133,8 +163,8 @@ FACTOR_NAMES = ("rank", "keep_rows", "energy", "target_bytes", "target_ratio", "
 def choices_of(arguments: dict) -> dict:
     """The plan options among a command's arguments, ready for `msmoe.plan`."""
     names = (
-        "experts", "budget", "similarity", "metric", "grouping", "group_capacity", "weighting", "align", "align_to",
-        "canonical", "refit", *FACTOR_NAMES,
+        "experts", "budget", "saliency", "others", "selection", "similarity", "metric", "grouping", "group_capacity",
+        "weighting", "rule", "align", "align_to", "canonical", "refit", "routing", *FACTOR_NAMES,
     )  # fmt: skip
     return {name: arguments[name] for name in names} | {"keep_layers": list(arguments["keep_layers"]) or None}
 

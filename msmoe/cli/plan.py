@@ -41,7 +41,7 @@ def command(
     Example: msmoe plan switch-base-8 --stats stats --method m-smoe --experts 2 --out plan.json
     """
     from msmoe.errors import UserError
-    from msmoe.methods import plan
+    from msmoe.planning import plan
 
     if out is None and not dry_run:
         raise UserError("give --out PLAN.json, or --dry-run to see the plan only")
@@ -63,8 +63,12 @@ def print_plan(plan) -> None:
     rows = table("layer", "experts", "kept", title=f"Plan: {plan.method}")
     rows.add_column("groups (dominant < members)", justify="left", overflow="fold")
     for name, layer in plan.layers.items():
-        rows.add_row(name, str(layer.num_experts), str(len(layer.groups)), "  ".join(map(str, layer.groups)))
+        removed = f"  without {','.join(map(str, layer.removed))}" if layer.removed else ""
+        groups = "  ".join(map(str, layer.groups)) + removed
+        rows.add_row(name, str(layer.num_experts), str(len(layer.groups)), groups)
     out.print(rows)
+    for name, note in plan.notes.items():
+        out.print(f"{name}: {note}")
     if not plan.predicted:
         out.print("predicted: known once the merged experts are decomposed, at most the target where one is given")
         return

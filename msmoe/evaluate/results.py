@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from msmoe.checkpoint import write_whole
@@ -23,6 +23,8 @@ class TaskResult:
         num_parameters: parameters of the model; num_bytes: its weights on disk, None for a model in memory.
         flops_per_token: multiply-adds counted twice, of one forward pass over source and target tokens.
         seconds: time of the evaluation; peak_memory: bytes resident at most in this process so far.
+        right: (N,) 0 or 1 per example, in file order, whether the generated answer is the target; empty without that
+            metric. losses: (N, 2) summed loss and number of target tokens per example.
     """
 
     checkpoint: str
@@ -34,6 +36,8 @@ class TaskResult:
     flops_per_token: float
     seconds: float
     peak_memory: int
+    right: list[int] = field(default_factory=list)
+    losses: list[tuple[float, int]] = field(default_factory=list)
 
     def describe(self) -> dict:
         """The record in `results.json`."""

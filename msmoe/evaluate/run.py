@@ -92,6 +92,8 @@ def evaluate(
         flops_per_token=scorer.flops_per_token(),
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
+        right=scorer.right.astype(int).tolist() if "exact_match" in scorer.metrics else [],
+        losses=list(zip(scorer.losses.tolist(), scorer.num_tokens.tolist(), strict=True)),
     )
 
 
@@ -193,9 +195,14 @@ class Scorer:
         )
         return losses.double().sum(1).cpu().numpy()
 
+    @property
+    def right(self) -> np.ndarray:
+        """(N,) bool, whether the generated answer is the target."""
+        return np.array([answer == target for answer, target in zip(self.answers, self.targets, strict=True)])
+
     def estimates(self) -> dict[str, Estimate]:
         """The metrics asked for, in the order of `METRICS`."""
-        right = np.array([answer == target for answer, target in zip(self.answers, self.targets, strict=True)])
+        right = self.right
         likely = np.array([answer == target for answer, target in zip(self.likeliest, self.targets, strict=True)])
         available = {
             "exact_match": lambda: metric.mean(right.astype(float)),

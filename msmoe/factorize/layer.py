@@ -67,17 +67,21 @@ class FactorSources:
     checkpoint: Checkpoint
     options: FactorOptions
     stats: Stats | None
-    maps: dict[str, Tensor]  # layer -> expert of the statistics -> stored expert
+    maps: dict[str, Tensor]  # layer -> router row, or expert of the statistics, -> stored expert
 
     def tokens(self, layer: str) -> "list[ExpertTokens] | None":
-        """Sampled tokens of each stored expert of a layer."""
+        """Sampled tokens of each stored expert of a layer; a router that lost rows chooses for them again."""
         if self.stats is None:
             return None
         stats, mapping = self.stats.layers[layer], self.maps[layer]
         sample: TokenSample = stats.tokens()
-        weights, held_out, stored = sample.weights(stats.dispatched), sample.held_out, mapping[sample.expert]
+        weights, held_out, expert, gate = sample.weights(stats.dispatched), sample.held_out, sample.expert, sample.gate
+        if len(mapping) < stats.num_experts:
+            rows = self.checkpoint.read_finite(self.family.router_key(layer))
+            gate, expert = (sample.inputs @ rows.T).softmax(-1).max(-1)
+        stored = mapping[expert]
         return [
-            ExpertTokens(sample.inputs[mine], sample.gate[mine], weights[mine], held_out[mine])
+            ExpertTokens(sample.inputs[mine], gate[mine], weights[mine], held_out[mine])
             for mine in (stored == g for g in range(int(mapping.max()) + 1))
         ]
 

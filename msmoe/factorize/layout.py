@@ -57,7 +57,7 @@ def factor_layout(
                 for key, name in zip(stacked, family.expert_keys(layer.name, g), strict=True)
             )
         if not compressed:
-            layout.add_map(family, layer)
+            layout.add_map(family, layer, layer.num_experts)
     return layout
 
 

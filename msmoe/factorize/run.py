@@ -235,7 +235,7 @@ def check_request(
 
 
 def expert_maps(family: Family, source: Checkpoint, stats: Stats | None) -> dict[str, Tensor]:
-    """Layer -> stored expert (E,) of every expert that the statistics count.
+    """Layer -> stored expert of every expert that the statistics count, or of every row that the router has left.
 
     Raises:
         UserError: if the statistics are neither of the checkpoint nor of the original that it was made from.
@@ -254,7 +254,8 @@ def expert_maps(family: Family, source: Checkpoint, stats: Stats | None) -> dict
         if source.model_type == family.compressed_model_type:
             maps[layer.name] = source.read(family.expert_map_key(layer.name))
         elif plan is not None and layer.name in plan.layers:
-            maps[layer.name] = torch.tensor(plan.layers[layer.name].expert_map)
+            mapping = torch.tensor(plan.layers[layer.name].expert_map)
+            maps[layer.name] = mapping if (mapping >= 0).all() else torch.arange(layer.num_experts)
         else:
             maps[layer.name] = torch.arange(layer.num_experts)
     return maps

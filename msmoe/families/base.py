@@ -119,6 +119,10 @@ class Family(Protocol):
         """Tensor name of the map from experts to stored groups (E,) in the `exact` export."""
         ...
 
+    def constants_key(self, layer: str) -> str:
+        """Tensor name of the mean outputs (C, D) in place of experts in the `exact` export."""
+        ...
+
     def dense_keys(self, layer: str) -> ExpertKeys:
         """Tensor names of the one expert that a layer keeps in the `dense` export."""
         ...
@@ -128,13 +132,21 @@ class Family(Protocol):
         ...
 
     def exact_config(
-        self, config: dict, num_groups: dict[str, int], factors: dict[str, dict[str, FactorShape]]
+        self,
+        config: dict,
+        num_groups: dict[str, int],
+        factors: dict[str, dict[str, FactorShape]],
+        *,
+        num_rows: dict[str, int] | None = None,
+        num_constants: dict[str, int] | None = None,
     ) -> dict:
         """`config.json` of the `exact` export.
 
         Args:
             num_groups: of every MoE layer.
             factors: layer -> `wi`, `wo` -> shape of the factors, for every factorised matrix.
+            num_rows: of every layer whose router lost rows; num_constants: of every layer with mean outputs. None
+                leaves what the configuration says.
         """
         ...
 
@@ -167,6 +179,14 @@ class Family(Protocol):
 
     def routing(self, inputs: tuple, outputs: tuple) -> Routing:
         """Read a router's forward hook."""
+        ...
+
+    def layer_output(self, outputs: Any) -> Tensor:
+        """Read the forward hook of an MoE layer: gate-weighted expert outputs (B, S, D), zero for dropped tokens."""
+        ...
+
+    def with_layer_output(self, outputs: Any, given: Tensor) -> Any:
+        """What the hook of an MoE layer returns to hand on `given` (B, S, D) in place of the layer's output."""
         ...
 
 

@@ -105,6 +105,9 @@ class SwitchFamily:
     def expert_map_key(self, layer: str) -> str:
         return f"{layer}.expert_map"
 
+    def constants_key(self, layer: str) -> str:
+        return f"{layer}.experts.constants"
+
     def dense_keys(self, layer: str) -> ExpertKeys:
         dense = layer.removesuffix("mlp") + "DenseReluDense"
         return ExpertKeys(f"{dense}.wi.weight", f"{dense}.wo.weight")
@@ -113,7 +116,13 @@ class SwitchFamily:
         return name.replace(".mlp.wi.", ".DenseReluDense.wi.").replace(".mlp.wo.", ".DenseReluDense.wo.")
 
     def exact_config(
-        self, config: dict, num_groups: dict[str, int], factors: dict[str, dict[str, FactorShape]]
+        self,
+        config: dict,
+        num_groups: dict[str, int],
+        factors: dict[str, dict[str, FactorShape]],
+        *,
+        num_rows: dict[str, int] | None = None,
+        num_constants: dict[str, int] | None = None,
     ) -> dict:
         shapes = {
             layer: {matrix: list(shape) for matrix, shape in matrices.items()} for layer, matrices in factors.items()
@@ -127,6 +136,8 @@ class SwitchFamily:
             },
             "moe_layers": num_groups,
             **({"factors": shapes} if shapes else {}),
+            **({"router_rows": num_rows} if num_rows else {}),
+            **({"constants": num_constants} if num_constants else {}),
         }
 
     def native_config(self, config: dict, num_groups: int) -> dict:
@@ -193,3 +204,9 @@ class SwitchFamily:
                 "this version of transformers reports router probabilities in place of logits; use 5.23 or later"
             )
         return Routing(inputs[0], logits, gate.squeeze(-1), dispatch.any(-1))
+
+    def layer_output(self, outputs: Any) -> Tensor:
+        return outputs
+
+    def with_layer_output(self, outputs: Any, given: Tensor) -> Any:
+        return given

@@ -1,6 +1,9 @@
 """Merge rules: what a group of experts becomes."""
 
-from msmoe.merge.average import MergedGroup, merge_group
+from msmoe.merge.average import MergedGroup, align_members, merge_group
 from msmoe.merge.refit import Refit, refit_output
+from msmoe.merge.rules import RULES, GroupTokens, MergeRule
 
-__all__ = ["MergedGroup", "Refit", "merge_group", "refit_output"]
+__all__ = [
+    "RULES", "GroupTokens", "MergeRule", "MergedGroup", "Refit", "align_members", "merge_group", "refit_output",
+]  # fmt: skip

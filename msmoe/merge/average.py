@@ -5,7 +5,7 @@ Members are loaded one at a time: a group costs the memory of three experts, wha
 Shapes: F d_ff, D d_model, T tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,26 +41,50 @@ def merge_group(
         weights: their weights, summing to 1.
         load: reads one expert, float32.
         reference: the expert whose neuron order the others take; need not be a member.
-        alignment: `weight`, `activation` or `none`.
+        alignment: `weight`, `activation`, `ream` or `none`.
         canonical: scale neurons to equal input and output norm before matching and averaging.
-        inputs: tokens (T, D) of a member and the reference, for activation alignment.
+        inputs: tokens (T, D) of a member and the reference, for alignment by activations.
         visit: called with every member as it was loaded, so that nobody reads it a second time.
+    """
+    total, matches = None, {}
+    aligned_members = align_members(
+        members, load, reference=reference, alignment=alignment, canonical=canonical, inputs=inputs, visit=visit
+    )
+    for (member, aligned, found), weight in zip(aligned_members, weights, strict=True):
+        if total is None:
+            total = Expert(torch.zeros_like(aligned.wi), torch.zeros_like(aligned.wo))
+        if found is not None:
+            matches[member] = found
+        total.wi.add_(aligned.wi, alpha=weight)
+        total.wo.add_(aligned.wo, alpha=weight)
+    assert total is not None
+    return MergedGroup(total, matches)
+
+
+def align_members(
+    members: Sequence[int],
+    load: Callable[[int], Expert],
+    *,
+    reference: int,
+    alignment: Alignment = "weight",
+    canonical: bool = False,
+    inputs: Callable[[int], Tensor] | None = None,
+    visit: Callable[[int, Expert], None] | None = None,
+) -> Iterator[tuple[int, Expert, Match | None]]:
+    """The members of a group one at a time, each aligned to a reference expert; arguments as of `merge_group`.
+
+    Yields:
+        member, the aligned expert, and its match; None for the reference, and for all without alignment.
     """
     prepare = canonical_scale if canonical else (lambda expert: expert)
     loaded_reference = load(reference)
     prepared_reference = prepare(loaded_reference)
-    total = Expert(torch.zeros_like(prepared_reference.wi), torch.zeros_like(prepared_reference.wo))
-    matches = {}
-    for member, weight in zip(members, weights, strict=True):
+    for member in members:
         expert = loaded_reference if member == reference else load(member)
         if visit:
             visit(member, expert)
-        aligned = prepare(expert)
+        aligned, found = prepare(expert), None
         if member != reference and alignment != "none":
-            matches[member] = match(
-                prepared_reference, aligned, alignment=alignment, inputs=inputs(member) if inputs else None
-            )
-            aligned = aligned.permuted(matches[member].permutation)
-        total.wi.add_(aligned.wi, alpha=weight)
-        total.wo.add_(aligned.wo, alpha=weight)
-    return MergedGroup(total, matches)
+            found = match(prepared_reference, aligned, alignment=alignment, inputs=inputs(member) if inputs else None)
+            aligned = aligned.permuted(found.permutation)
+        yield member, aligned, found

@@ -1,14 +1,16 @@
 """Switch Transformer with merged experts: E router rows, G <= E stored experts, and a map between them.
 
-The matrices of an MoE layer's experts are dense, or low rank plus a few rows.
+The matrices of an MoE layer's experts are dense, or low rank plus a few rows. In the place of experts there may be
+constant outputs.
 
 Self-contained: this file and the configuration travel with the checkpoint and need torch and transformers only.
 
-Shapes: B batch, S sequence, T tokens, E router rows, G groups, D d_model, F d_ff, R rank, K kept rows,
+Shapes: B batch, S sequence, T tokens, E router rows, G groups, C constants, D d_model, F d_ff, R rank, K kept rows,
 O outputs and I inputs of a matrix.
 """
 
 import copy
+import math
 
 import torch
 from torch import nn
@@ -42,10 +44,16 @@ class FactorizedWeight(nn.Module):
 
 
 class GroupedExperts(nn.Module):
-    """G feed-forward experts as stacked tensors wi (G, F, D) and wo (G, D, F), either of them possibly factorised."""
+    """G feed-forward experts as stacked tensors wi (G, F, D) and wo (G, D, F), either of them possibly factorised.
 
-    def __init__(self, config: MsmoeSwitchConfig, num_groups: int, factors: dict | None = None):
+    After them come C constants (C, D): experts that give the same output to every token.
+    """
+
+    def __init__(self, config: MsmoeSwitchConfig, num_groups: int, factors: dict | None = None, num_constants: int = 0):
         super().__init__()
+        self.num_groups = num_groups
+        if num_constants:
+            self.constants = nn.Parameter(torch.zeros(num_constants, config.d_model))
         for name, num_outputs, num_inputs in (("wi", config.d_ff, config.d_model), ("wo", config.d_model, config.d_ff)):
             std = config.initializer_factor * num_inputs**-0.5
             if factors and name in factors:
@@ -57,13 +65,17 @@ class GroupedExperts(nn.Module):
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, hidden_states: torch.Tensor, group_sizes: list[int]) -> torch.Tensor:
-        """Apply expert g to the next `group_sizes[g]` rows of `hidden_states` (T, D)."""
+        """Apply expert g, or give constant g - G, to the next `group_sizes[g]` rows of `hidden_states` (T, D)."""
         outputs = [
-            grouped_linear(self.wo, self.dropout(grouped_linear(self.wi, rows, g).relu()), g)
+            self._expert(rows, g) if g < self.num_groups else self.constants[g - self.num_groups].expand_as(rows)
             for g, rows in enumerate(hidden_states.split(group_sizes))
             if len(rows)
         ]
         return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
+
+    def _expert(self, rows: torch.Tensor, group: int) -> torch.Tensor:
+        hidden = self.dropout(grouped_linear(self.wi, rows, group).relu())
+        return grouped_linear(self.wo, hidden, group)
 
 
 def grouped_linear(weight: torch.Tensor | nn.Module, hidden_states: torch.Tensor, group: int) -> torch.Tensor:
@@ -77,18 +89,24 @@ def grouped_linear(weight: torch.Tensor | nn.Module, hidden_states: torch.Tensor
 class GroupedSparseMLP(nn.Module):
     """The stock sparse layer's function, with the tokens of a group gathered once.
 
-    A token goes to the group of the original expert that the original router chose, at the original gate value;
-    capacity is counted per original expert, and a token over capacity contributes zero.
+    A token goes to the group of the router row that it chooses, at that row's gate value: with all rows in place those
+    of the original expert. Capacity is counted per row, and a token over capacity contributes zero.
     """
 
     expert_map: torch.Tensor  # (E,) int64
 
-    def __init__(self, config: MsmoeSwitchConfig, num_groups: int, factors: dict | None = None):
+    def __init__(self, config: MsmoeSwitchConfig, name: str):
         super().__init__()
-        self.router = SwitchTransformersTop1Router(config)
-        self.experts = GroupedExperts(config, num_groups, factors)
-        self.num_groups = num_groups
-        self.register_buffer("expert_map", torch.arange(config.num_experts) % num_groups)
+        num_groups = (config.moe_layers or {})[name]
+        num_constants = (config.constants or {}).get(name, 0)
+        num_rows = (config.router_rows or {}).get(name, config.num_experts)
+        router_config = copy.copy(config)
+        router_config.num_experts = num_rows
+        router_config.expert_capacity = math.ceil(config.expert_capacity * config.num_experts / num_rows)
+        self.router = SwitchTransformersTop1Router(router_config)
+        self.experts = GroupedExperts(config, num_groups, (config.factors or {}).get(name), num_constants)
+        self.num_groups = num_groups + num_constants
+        self.register_buffer("expert_map", torch.arange(num_rows) % num_groups)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dispatch, gate, _ = self.router(hidden_states)
@@ -116,6 +134,6 @@ class MsmoeSwitchForConditionalGeneration(SwitchTransformersForConditionalGenera
         super().__init__(skeleton)
         self.config = config
         self.encoder.config.num_experts = self.decoder.config.num_experts = config.num_experts
-        for name, num_groups in (config.moe_layers or {}).items():
+        for name in config.moe_layers or {}:
             block_layer = self.get_submodule(name.rpartition(".")[0])
-            block_layer.mlp = GroupedSparseMLP(config, num_groups, (config.factors or {}).get(name))
+            block_layer.mlp = GroupedSparseMLP(config, name)

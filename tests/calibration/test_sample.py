@@ -12,7 +12,7 @@ from msmoe.calibration.sample import TokenSample, sample_mask, token_keys
 def sample_of(keys, expert) -> TokenSample:
     keys, expert = torch.tensor(keys), torch.tensor(expert)
     inputs = keys.float()[:, None]
-    return TokenSample(inputs, expert, torch.ones(len(keys)), keys * 7, torch.zeros_like(keys), keys)
+    return TokenSample(inputs, expert, torch.ones(len(keys)), keys * 7, torch.zeros_like(keys), keys, inputs[:, :0])
 
 
 tokens = st.lists(
@@ -85,7 +85,7 @@ def test_tokens_of_a_record_are_held_out_together(stats):
 def test_about_half_of_many_records_is_held_out():
     records = torch.arange(4000) * 12345
     zeros = torch.zeros(4000, dtype=torch.int64)
-    sample = TokenSample(torch.zeros(4000, 1), zeros, torch.ones(4000), records, zeros, zeros)
+    sample = TokenSample(torch.zeros(4000, 1), zeros, torch.ones(4000), records, zeros, zeros, torch.empty(4000, 0))
     assert 0.47 < sample.held_out.double().mean() < 0.53  # 4 standard deviations are 0.03
 
 

@@ -28,7 +28,7 @@ def hand_made(*, routed, dispatched, sequence_counts) -> LayerStats:
         router_logits_gram=torch.zeros(num_experts, num_experts, dtype=torch.float64),
         **matrices,
         sequence_counts=torch.tensor(sequence_counts, dtype=torch.int32),
-        sample=TokenSample(torch.zeros(0, 2), nothing, torch.zeros(0), nothing, nothing, nothing),
+        sample=TokenSample(torch.zeros(0, 2), nothing, torch.zeros(0), nothing, nothing, nothing, torch.zeros(0, 0)),
         sample_size=8,
     )
 

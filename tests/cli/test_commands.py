@@ -21,7 +21,7 @@ from msmoe.cli import COMMANDS, app, main
 from msmoe.demo import CALIBRATION, CHECKPOINT, TASKS
 from msmoe.errors import UserError
 from msmoe.loading import load
-from msmoe.methods import plan as make_plan
+from msmoe.planning import plan as make_plan
 
 README = Path(__file__).parents[2] / "README.md"
 MSMOE = Path(sys.executable).with_name("msmoe")

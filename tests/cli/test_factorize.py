@@ -12,7 +12,7 @@ from tiny import LAYERS, load_tensors, profile_small, save_switch, size_of, weig
 
 from msmoe.cli import main
 from msmoe.factorize.run import factorize
-from msmoe.methods import plan as make_plan
+from msmoe.planning import plan as make_plan
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
 from msmoe.families import family_of
 from msmoe.inspect import inspect
-from msmoe.methods import predict
+from msmoe.planning import predict
 
 EXPERT = 2 * 768 * 3072
 OTHERS = 166_575_360  # embeddings, attention, dense feed-forward, norms and the routers

@@ -13,8 +13,9 @@ from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
 from msmoe.factorize.run import factorize
 from msmoe.families import family_of
-from msmoe.methods import METHODS, check_request, plan
+from msmoe.methods import METHODS
 from msmoe.plan import Plan
+from msmoe.planning import check_request, plan
 
 UNIFORM = {"budget": "uniform", "keep_layers": ["none"]}
 

@@ -11,7 +11,7 @@ from tiny import LAYERS, save_switch, weight_files
 from msmoe.apply import apply
 from msmoe.errors import UserError
 from msmoe.factorize.run import factorize
-from msmoe.methods import plan as make_plan
+from msmoe.planning import plan as make_plan
 
 RUNS = {
     "rank": ("factorize", {"rank": 4}),

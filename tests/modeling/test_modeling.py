@@ -74,8 +74,10 @@ def test_tokens_over_capacity_drop_exactly_as_in_the_stock_model(capacity, switc
 
 
 def make_layer(mapping: list[int], *, capacity: int, rows: torch.Tensor) -> GroupedSparseMLP:
-    config = MsmoeSwitchConfig(d_model=2, d_ff=2, num_experts=len(mapping), expert_capacity=capacity)
-    layer = GroupedSparseMLP(config, max(mapping) + 1).eval()
+    config = MsmoeSwitchConfig(
+        d_model=2, d_ff=2, num_experts=len(mapping), expert_capacity=capacity, moe_layers={"layer": max(mapping) + 1}
+    )
+    layer = GroupedSparseMLP(config, "layer").eval()
     with torch.no_grad():
         layer.expert_map.copy_(torch.tensor(mapping))
         layer.router.classifier.weight.copy_(rows)

@@ -1,0 +1,1 @@
+"""One calibration, many methods, one table."""

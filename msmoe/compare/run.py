@@ -1,0 +1,322 @@
+"""A comparison from beginning to end: calibrate once a seed, plan every method at every size, do the cells, collect."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msmoe.calibration.profile import profile
+from msmoe.calibration.stats import Stats
+from msmoe.checkpoint import Checkpoint, write_whole
+from msmoe.checkpoint.writer import lock_journal
+from msmoe.compare.budget import budget_bytes, experts_within
+from msmoe.compare.cells import Job, Task, cell_file, run_job
+from msmoe.compare.cost import cost_file, run_cost, run_peak
+from msmoe.compare.settings import FISHER_RECORDS, REFERENCES, Settings, task_files, task_metric, variant
+from msmoe.errors import UserError
+from msmoe.families import family_of
+from msmoe.methods import METHODS, resolve
+from msmoe.planning import Planner
+from msmoe.provenance import versions
+
+FORMAT = "msmoe-comparison/1"
+Progress = Callable[..., None]  # (cells done, cells in all, note)
+
+
+def compare(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    data: str | Path,
+    tasks: Sequence[str | Path],
+    methods: Sequence[str],
+    experts: Sequence[float],
+    processes: int = 1,
+    recover_data: str | Path | None = None,
+    explicit_metric: bool = False,
+    cost: bool = True,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict:
+    """Compare methods at the same stored bytes on the same data, and write `results.json`.
+
+    The full model and one expert per layer are always there beside the methods asked for.
+
+    Args:
+        checkpoint: the original.
+        out: folder for everything; `resume` adds to it what is new, `force` starts it over.
+        data: calibration data; tasks: task files or folders of them.
+        methods: keys of `METHODS`.
+        experts: sizes, as experts per compressible layer of m-smoe, whose bytes are the budget of all.
+        processes: cells measured at the same time; they share the cores.
+        recover_data: what recovery trains on; by default the calibration data.
+        explicit_metric: refuse tasks without the metric in place of scoring their loss.
+        cost: also measure FLOPs, speed and memory of every method at every size.
+        progress: called with (cells done, cells in all, note).
+        **options: any other attribute of `Settings`.
+
+    Returns:
+        the content of `results.json`.
+
+    Raises:
+        UserError: for a request that cannot be met, before anything is run; or, at the end, for cells that failed.
+    """
+    names = tuple(dict.fromkeys([*REFERENCES, *methods]))
+    settings = Settings(methods=names, experts=tuple(map(float, experts)), **options)
+    settings.check()
+    source = Checkpoint(checkpoint)
+    family_of(source)
+    files = task_files(list(tasks))
+    out = Path(out)
+    if processes < 1:
+        raise UserError(f"--processes must be at least 1, got {processes}")
+    if out.exists() and any(out.iterdir()) and not (resume or force):
+        raise UserError(f"{out} exists; use --resume to add what is new, or --force to start over")
+    measured = tuple(
+        Task(f.resolve(), task_metric(f, settings.metric, explicit=explicit_metric), sha256(f.read_bytes()).hexdigest())
+        for f in files
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    with lock_journal(out / ".lock"):
+        if force and not resume:
+            clear(out)
+        (out / "cells").mkdir(exist_ok=True)
+        note = lambda text: progress(0, 0, text) if progress else None
+        planners = {}
+        for seed in settings.seeds:
+            note(f"calibrating, seed {seed}")
+            planners[seed] = Planner(source.path, calibrate(source, data, settings, seed, out))
+        training = str(recover_data or data)
+        jobs = []
+        for seed, planner in planners.items():
+            jobs += plan_jobs(planner, seed, settings, measured, training, out, note)
+        total = sum(len(job.steps) for job in jobs)
+        failures = run_all(jobs, total, processes, progress)
+        costs = measure_all_costs(jobs, settings, note) if cost and not failures else {}
+        results = collect(source, planners, settings, measured, jobs, costs)
+        write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
+    if failures:
+        raise UserError(f"{len(failures)} of {len(jobs)} jobs failed, {failures[0]}; the others are kept in {out}: "
+                        "--resume tries again")  # fmt: skip
+    return results
+
+
+def clear(out: Path) -> None:
+    """Remove what an earlier comparison left."""
+    for name in ("stats", "plans", "cells", "cost", "work"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    (out / "results.json").unlink(missing_ok=True)
+
+
+# ---- calibration and plans
+
+
+def calibrate(source: Checkpoint, data: str | Path, settings: Settings, seed: int, out: Path) -> Stats:
+    """The statistics of a seed, with all that any method needs: made once, kept beside the cells."""
+    needs = {need for label in settings.methods for need in resolve(*variant(label)).needs}
+    request = {
+        "samples": settings.samples, "token_sample": settings.token_sample, "seed": seed,
+        "fisher": FISHER_RECORDS if "output gradients" in needs else 0, "gradients": "weight gradients" in needs,
+    }  # fmt: skip
+    content = Path(data).read_bytes() if Path(data).exists() else str(data).encode()
+    identity = json.dumps([request, source.fingerprint, sha256(content).hexdigest(), versions()["msmoe"]])
+    folder = out / "stats" / f"seed-{seed}"
+    marker = out / "stats" / f"seed-{seed}.json"
+    if marker.exists() and marker.read_text(encoding="utf-8") == identity and folder.exists():
+        return Stats.load(folder)
+    stats = profile(source.path, data, **request)
+    stats.save(folder, force=True)
+    write_whole(marker, identity)
+    return Stats.load(folder)
+
+
+def plan_jobs(
+    planner: Planner,
+    seed: int,
+    settings: Settings,
+    tasks: tuple[Task, ...],
+    data: str,
+    out: Path,
+    note: Callable[[str], None],
+) -> list[Job]:
+    """Plan every method at every size; the references once."""
+    first = seed == settings.seeds[0]
+    layers = planner.compressible(settings.kept)
+    most = max(layer.num_experts for layer in layers)
+    jobs = []
+    for label in settings.methods:
+        method, choices = variant(label)
+        fixed = METHODS[method].fixed
+        if fixed and not first:
+            continue
+        sizes = {"all": (float(most),), "one": (1.0,)}.get(fixed or "", settings.experts)
+        for experts in sizes:
+            job = Job(
+                label, experts, seed, settings.recover_steps, planner.source.path, None,
+                out / "stats" / f"seed-{seed}", first, data, tasks, settings, out,
+            )  # fmt: skip
+            if method == "full":
+                jobs.append(job)
+                continue
+            note(f"planning {label}, {experts:g} experts, seed {seed}")
+            file = out / "plans" / f"seed-{seed}" / f"{label}-{experts:g}.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if not fixed:
+                budget = budget_bytes(planner, experts, keep_layers=settings.kept)
+                within = experts_within(planner, method, budget, keep_layers=settings.kept, experts=experts, **choices)
+                choices = choices | {"experts": within}
+            planner.plan(method, keep_layers=settings.kept, seed=seed, **choices).save(file)
+            jobs.append(replace(job, plan=file))
+    return jobs
+
+
+# ---- cells
+
+
+def run_all(jobs: list[Job], total: int, processes: int, progress: Progress | None) -> list[str]:
+    """Do every job, several at a time; returns what went wrong with those that failed."""
+    done, failures = 0, []
+    if progress:
+        progress(0, total, "measuring")
+    with workers(min(processes, len(jobs))) as submit:
+        running = {submit(run_job, job): job for job in jobs}
+        for future in as_completed(running):
+            job = running[future]
+            try:
+                future.result()
+            except BrokenProcessPool:
+                raise UserError("a process that measured cells was killed, perhaps for want of memory: use fewer "
+                                "--processes and --resume") from None  # fmt: skip
+            except (UserError, RuntimeError, ValueError, OSError) as error:
+                failures.append(f"{job.name}: {str(error).splitlines()[0]}")
+            done += len(job.steps)
+            if progress:
+                progress(done, total, job.name)
+    return failures
+
+
+@contextlib.contextmanager
+def workers(processes: int) -> Iterator[Callable[..., Future]]:
+    """Fresh processes that share the cores; an interrupt ends them at once."""
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    pool = ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), initializer=start_worker, initargs=(threads, sys.argv[0])
+    )
+    try:
+        yield pool.submit
+    except BaseException:
+        for process in list((pool._processes or {}).values()):  # shutdown would wait for the cells at hand
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def start_worker(threads: int, program: str) -> None:
+    """A worker's share of the cores, and nothing of the library's between our lines."""
+    import signal
+
+    from transformers.utils import logging
+
+    sys.argv[0] = program
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+# ---- cost
+
+
+def measure_all_costs(jobs: list[Job], settings: Settings, note: Callable[[str], None]) -> dict[str, dict]:
+    """FLOPs, speed and memory of every method at every size, one after the other, on the first seed."""
+    chosen = [job for job in jobs if job.seed == settings.seeds[0] and job.plan is not None]
+    missing = [job for job in chosen if not cost_file(job).exists()]
+    if missing:
+        original = replace(missing[0], plan=None, method="full")
+        full_peak = in_a_process_of_its_own(run_peak, original)
+        for job in missing:
+            note(f"cost of {job.method}, {job.experts:g} experts")
+            content = in_a_process_of_its_own(run_cost, job)
+            content["peak_memory_bytes"] = in_a_process_of_its_own(run_peak, job)
+            content["full"]["peak_memory_bytes"] = full_peak
+            cost_file(job).parent.mkdir(exist_ok=True)
+            write_whole(cost_file(job), json.dumps(content) + "\n")
+    return {f"{job.method}/{job.experts:g}": json.loads(cost_file(job).read_text(encoding="utf-8")) for job in chosen}
+
+
+def in_a_process_of_its_own(function: Callable, job: Job) -> Any:
+    with workers(1) as submit:
+        return submit(function, job).result()
+
+
+# ---- results
+
+
+def collect(
+    source: Checkpoint,
+    planners: dict[int, Planner],
+    settings: Settings,
+    tasks: tuple[Task, ...],
+    jobs: list[Job],
+    costs: dict[str, dict],
+) -> dict:
+    """The content of `results.json`, from the cells that are done."""
+    done = [cell_file(job, steps) for job in jobs for steps in job.steps]
+    cells = [json.loads(file.read_text(encoding="utf-8")) for file in done if file.exists()]
+    first = planners[settings.seeds[0]]
+    described = first.stats.data
+    shown = {task: score["majority_share"] for cell in cells[:1] for task, score in cell["tasks"].items()}
+    numbers = {
+        task: next(iter(score["metrics"].values()))["num_examples"]
+        for cell in cells[:1]
+        for task, score in cell["tasks"].items()
+    }
+    return {
+        "format": FORMAT,
+        "checkpoint": {
+            "name": source.path.name, "model_type": source.model_type, "fingerprint": source.fingerprint,
+            "num_parameters": source.num_parameters, "bytes": source.num_bytes,
+            "num_experts": {layer.name: layer.num_experts for layer in first.layers},
+        },
+        "calibration": {
+            "source": Path(described["source"]).name, "num_records": described["num_records"],
+            "num_tokens": described["num_tokens"], "sha256": [p.stats.data["sha256"] for p in planners.values()],
+        },
+        "settings": settings.describe() | {"kept_layers": kept_layers(first, settings)},
+        "versions": versions(),
+        "methods": {
+            label: {"summary": METHODS[name].summary, "source": METHODS[name].source, "kind": METHODS[name].kind}
+            for label in settings.methods
+            for name in [variant(label)[0]]
+        },
+        "tasks": {
+            t.file.stem: {
+                "metric": t.metric, "num_examples": numbers.get(t.file.stem), "majority_share": shown.get(t.file.stem),
+                "sha256": t.sha256,
+            }
+            for t in tasks
+        },
+        "budgets": {f"{n:g}": budget_bytes(first, n, keep_layers=settings.kept) for n in settings.experts},
+        "cells": cells,
+        "cost": costs,
+    }  # fmt: skip
+
+
+def kept_layers(planner: Planner, settings: Settings) -> list[str]:
+    """Names of the layers left as they are."""
+    compressed = {layer.name for layer in planner.compressible(settings.kept)}
+    return [layer.name for layer in planner.layers if layer.name not in compressed]

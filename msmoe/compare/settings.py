@@ -1,0 +1,132 @@
+"""What a comparison is asked to do, checked before anything runs."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from msmoe.calibration.records import read_records
+from msmoe.errors import UserError
+from msmoe.evaluate.run import METRICS, allowed_metrics
+from msmoe.methods import Parameters, choose, resolve
+
+REFERENCES = ("full", "dense")
+FISHER_RECORDS = 32  # output gradients cost a backward pass: a capped number of records
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A comparison.
+
+    Attributes:
+        methods: methods by name, the references included, perhaps with choices of their own: see `variant`.
+        experts: sizes, as experts per compressible layer of the reference method m-smoe.
+        recover_steps: lengths of the recovery that follows, 0 for none.
+        seeds: of calibration sample, seeded choices and recovery.
+        keep_layers: as `msmoe.plan`.
+        samples, token_sample: as `msmoe.profile`.
+        metric: the metric of labelled tasks; the others are scored by loss.
+        max_examples: a seeded choice of so many examples per task.
+        recovery: attributes of `RecoverOptions`, the same for every method.
+    """
+
+    methods: tuple[str, ...]
+    experts: tuple[float, ...]
+    recover_steps: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    keep_layers: tuple[str, ...] | None = None
+    samples: int = 256
+    token_sample: int = 4096
+    metric: str = "exact_match"
+    max_examples: int | None = None
+    recovery: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise `UserError` for an unknown name or a value out of range."""
+        for name in self.methods:
+            resolve(*variant(name))
+        for values, what in ((self.experts, "--experts"), (self.recover_steps, "--recover-steps")):
+            if not values:
+                raise UserError(f"{what} names no number")
+        if min(self.experts) < 1:
+            raise UserError(f"--experts must be at least 1, got {min(self.experts):g}")
+        if min(self.recover_steps) < 0:
+            raise UserError(f"--recover-steps must not be negative, got {min(self.recover_steps)}")
+        if not self.seeds:
+            raise UserError("--seeds must be at least 1")
+        if self.metric not in METRICS:
+            raise UserError(f"unknown metric {self.metric!r}; choose from {', '.join(METRICS)}")
+        if self.metric not in ("exact_match", "loss"):
+            raise UserError(f"compare tests example by example: --metric is exact_match or loss, not {self.metric}")
+
+    @property
+    def kept(self) -> list[str] | None:
+        return None if self.keep_layers is None else list(self.keep_layers)
+
+    def describe(self) -> dict:
+        """The settings in `results.json`."""
+        return asdict(self)
+
+
+def variant(label: str) -> tuple[str, dict[str, Any]]:
+    """Method and choices of a label such as `m-smoe` or `reap:others=nearest:budget=adaptive`.
+
+    Raises:
+        UserError: for a choice that is no attribute of `Parameters`, or not of the form name=value.
+    """
+    method, *parts = label.split(":")
+    choices = {}
+    for part in parts:
+        name, equals, value = part.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            raise UserError(f"{label!r}: {part!r} is not of the form name=value, e.g. reap:others=nearest")
+        choose("parameter", name, tuple(f.name for f in fields(Parameters)))
+        if name == "experts":
+            raise UserError(f"{label!r}: the number of experts follows from the budget")
+        choices[name] = parse_value(value.strip())
+    return method, choices
+
+
+def parse_value(text: str) -> Any:
+    """A number, true, false or null, or else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def task_files(tasks: list[str | Path]) -> list[Path]:
+    """Task files, a folder standing for its *.jsonl files; names must differ.
+
+    Raises:
+        UserError: for a folder without tasks, a missing file or a name that comes twice.
+    """
+    files: list[Path] = []
+    for task in map(Path, tasks):
+        inside = sorted(task.glob("*.jsonl")) if task.is_dir() else [task]
+        if not inside:
+            raise UserError(f"{task} is a folder without *.jsonl files")
+        files += inside
+    names = [file.stem for file in files]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(
+                f"two tasks are named {name}: rename one of {', '.join(str(f) for f in files if f.stem == name)}"
+            )
+    return files
+
+
+def task_metric(file: Path, wanted: str, *, explicit: bool) -> str:
+    """The metric of a task: the one wanted where its records have labels, else the loss.
+
+    Raises:
+        UserError: if the metric was asked for explicitly and the task has no labels.
+    """
+    allowed = allowed_metrics(read_records(file))
+    if wanted in allowed:
+        return wanted
+    if explicit:
+        raise UserError(f"task {file.stem} has no labels for {wanted}: its records need source and target; use "
+                        "--metric loss, or leave the task out")  # fmt: skip
+    return "loss"

@@ -1,0 +1,91 @@
+"""Which subset of a layer's experts reproduces the layer best (NAEE, arXiv 2402.14800), for a top-1 router.
+
+With experts dropped, the router chooses among the others: each token goes to the kept expert of highest logit, at the
+softmax probability over the kept logits. The squared error of a subset needs no expert output, only inner products:
+|y - g f_e|^2 = |y|^2 - 2 g <y, f_e> + g^2 |f_e|^2, so a subset costs O(T E).
+
+Shapes: E experts, K kept, T tokens, N subsets.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+MAX_SUBSETS = 20_000  # tried one by one; beyond, a beam search
+BEAM_WIDTH = 8
+MAX_VALUES = 2**24  # of a block of subsets at once
+
+
+@dataclass(frozen=True)
+class SubsetErrors:
+    """What the error of every subset follows from.
+
+    Attributes:
+        logits: (T, E) router logits; inner: (T, E) <y_t, f_e(x_t)>; square: (T, E) |f_e(x_t)|^2; target: (T,) |y_t|^2,
+            y being the layer's output; weights: (T,) tokens that each stands for.
+    """
+
+    logits: np.ndarray
+    inner: np.ndarray
+    square: np.ndarray
+    target: np.ndarray
+    weights: np.ndarray
+
+    def __call__(self, subsets: np.ndarray) -> np.ndarray:
+        """Weighted squared error (N,) of subsets (N, K) of expert indices."""
+        size = max(1, MAX_VALUES // max(1, self.logits.shape[0] * subsets.shape[1]))
+        blocks = [self._errors(subsets[start : start + size]) for start in range(0, len(subsets), size)]
+        return np.concatenate(blocks)
+
+    def _errors(self, subsets_NK: np.ndarray) -> np.ndarray:
+        logits_TNK = self.logits[:, subsets_NK]
+        best_TN1 = logits_TNK.argmax(-1)[..., None]
+        largest_TN1 = np.take_along_axis(logits_TNK, best_TN1, -1)
+        gate_TN = 1 / np.exp(logits_TNK - largest_TN1).sum(-1)
+        expert_TN = np.take_along_axis(np.broadcast_to(subsets_NK, logits_TNK.shape), best_TN1, -1)[..., 0]
+        rows = np.arange(len(self.logits))[:, None]
+        inner_TN, square_TN = self.inner[rows, expert_TN], self.square[rows, expert_TN]
+        return self.weights @ (self.target[:, None] - 2 * gate_TN * inner_TN + gate_TN**2 * square_TN)
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Experts to keep, ascending; the relative error that dropping the others makes; and how they were found."""
+
+    experts: tuple[int, ...]
+    error: float
+    search: str
+
+
+def best_subset(errors: SubsetErrors, count: int, *, max_subsets: int = MAX_SUBSETS) -> Subset:
+    """The subset of `count` experts of least error, ties by lower indices.
+
+    All subsets are tried where there are at most `max_subsets`. Otherwise experts are taken away one at a time, the
+    `BEAM_WIDTH` best sets of each size being followed.
+    """
+    num_experts = errors.logits.shape[1]
+    total = max(float(errors.weights @ errors.target), 1e-30)
+    num_subsets = math.comb(num_experts, count)
+    if num_subsets <= max_subsets:
+        subsets = np.array(list(itertools.combinations(range(num_experts), count)), dtype=np.int64)
+        values = errors(subsets)
+        best = int(values.argmin())
+        searched = f"exhaustive, {num_subsets:,} subsets"
+        return Subset(tuple(subsets[best].tolist()), float(values[best]) / total, searched)
+    beam, values = np.arange(num_experts)[None], np.zeros(1)
+    while beam.shape[1] > count:
+        candidates = np.array(sorted(set(removals(beam))), dtype=np.int64)
+        values = errors(candidates)
+        beam = candidates[np.argsort(values, kind="stable")[:BEAM_WIDTH]]
+    searched = f"beam of {BEAM_WIDTH} ({num_subsets:.1e} subsets are too many to try)"
+    return Subset(tuple(beam[0].tolist()), float(values.min()) / total, searched)
+
+
+def removals(sets: np.ndarray) -> Iterator[tuple[int, ...]]:
+    """Every set with one element taken away."""
+    for row in sets.tolist():
+        for i in range(len(row)):
+            yield tuple(row[:i] + row[i + 1 :])
