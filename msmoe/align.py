@@ -107,7 +107,7 @@ def match_ream(reference: Expert, target: Expert, inputs: Tensor) -> Match:
     """Match neurons by the sum of two distances (REAM, arXiv 2604.04356): of activations and of weights.
 
     Activations over the tokens, and the leading principal components of the weights, both of unit norm per neuron.
-    Without tokens the weights decide alone.
+    Without tokens the weights decide alone. The components are those of the pair; the authors take a layer's.
 
     Args:
         inputs: (T, D) tokens routed to either expert.
@@ -117,6 +117,7 @@ def match_ream(reference: Expert, target: Expert, inputs: Tensor) -> Match:
     centred = weights - weights.mean(0)
     _, vectors = torch.linalg.eigh((centred.T @ centred).double())
     components = centred @ vectors[:, -NUM_COMPONENTS:].float()
+    components = components / components.norm(dim=1, keepdim=True).clamp(min=TINY)
     num_neurons = len(reference.wi)
     distance = torch.cdist(components[:num_neurons], components[num_neurons:])
     if len(inputs):

@@ -38,17 +38,20 @@ class LayerOutputs:
     weights: Tensor
 
 
-def layer_outputs(stats: LayerStats, router: Tensor, expert: Callable[[int], Expert]) -> LayerOutputs:
+def layer_outputs(
+    stats: LayerStats, router: Callable[[Tensor], Tensor], expert: Callable[[int], Expert]
+) -> LayerOutputs:
     """Run every expert on at most `MAX_TOKENS` sampled tokens, fewer where their outputs would not fit.
 
     Args:
-        router: (E, D) rows; expert: loads one expert, float32.
+        router: logits (T, E) of tokens (T, D); expert: loads one expert, float32.
     """
-    num_experts, d_model = stats.num_experts, router.shape[1]
-    sample = stats.tokens().drawn(min(MAX_TOKENS, max(num_experts, MAX_VALUES // (num_experts * d_model))), num_experts)
+    num_experts, sample = stats.num_experts, stats.tokens()
+    d_model = sample.inputs.shape[1]
+    sample = sample.drawn(max(1, min(MAX_TOKENS, MAX_VALUES // (num_experts * d_model))), num_experts)
     weights = sample.weights(stats.dispatched)
     share = (weights / weights.sum().clamp(min=1e-30)).float()
-    logits = (sample.inputs @ router.T).double()
+    logits = router(sample.inputs).double()
     probability = logits.softmax(-1).float()
     outputs_TED = torch.empty(len(sample), num_experts, d_model)
     for e in range(num_experts):

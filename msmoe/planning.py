@@ -18,7 +18,7 @@ from msmoe.export import EXPORTS, build_export
 from msmoe.factorize.choose import check_budget, check_rank, expert_bytes, fixed_shapes
 from msmoe.families import Family, MoELayer, family_of
 from msmoe.families.base import load_expert
-from msmoe.grouping import assign_to_kept, dominant_experts, group_counts, group_experts
+from msmoe.grouping import REAM_CAPACITY, assign_to_kept, dominant_experts, group_counts, group_experts
 from msmoe.methods import (
     METHODS,
     REROUTING,
@@ -169,9 +169,13 @@ class Planner:
     def view(self, name: str) -> LayerView:
         """What similarities and searches may look at of a layer."""
         if name not in self._views:
+            bias = self.family.router_bias_key(name)
             self._views[name] = LayerView(
                 stats=self.stats.layers[name],
                 router=self.source.read_finite(self.family.router_key(name)),
+                bias=self.source.read_finite(bias)
+                if (bias := self.family.router_bias_key(name)) in self.source
+                else None,
                 expert=lambda expert: load_expert(self.family, self.source, name, expert),
             )
         return self._views[name]
@@ -206,6 +210,8 @@ def check_request(
             dense = expert_bytes([(layer, layer.num_experts) for layer in compressible])
             stored = list(zip(compressible, counts, strict=True))
             check_budget(parameters.factors, stored, others=checkpoint.num_bytes - dense + maps, source=checkpoint)
+    for layer, count in zip(compressible, counts, strict=True):
+        check_capacity(parameters, layer.num_experts, count)
     if export != "exact" and parameters.others == "mean-output":
         raise UserError(f"--export {export} cannot store mean outputs in place of experts: choose exact")
     if export != "exact" and (kept or parameters.budget != "uniform") and set(counts) != {1}:
@@ -277,6 +283,17 @@ def count_experts(
     return parameters, group_counts([s.numpy() for s in scores], parameters.experts, budget=parameters.budget)
 
 
+def check_capacity(parameters: Parameters, num_experts: int, count: int) -> None:
+    """Raise `UserError` if the groups of a layer cannot hold its experts."""
+    limits = {"dominant": parameters.group_capacity, "centroids-first": parameters.group_capacity or REAM_CAPACITY}
+    limit = limits.get(parameters.grouping) if parameters.others == "merge" else None
+    if limit is not None and count * limit < num_experts:
+        raise UserError(
+            f"{count} groups of at most {limit} cannot hold {num_experts} experts: keep {-(-num_experts // limit)} or "
+            "more, or raise --group-capacity"
+        )
+
+
 def plan_layer(view: LayerView, name: str, scores: Tensor, count: int, parameters: Parameters) -> tuple[LayerPlan, str]:
     """Decide what becomes of the experts of one layer.
 
@@ -330,8 +347,22 @@ def select_experts(view: LayerView, scores: Tensor, count: int, parameters: Para
         found = best_subset(SubsetErrors(*(a.numpy() for a in arrays)), count)
         return list(found.experts), f"{found.search}; relative output error {found.error:.4f}"
     sample = view.stats.tokens()
-    logits = (sample.inputs @ view.router.T).double().numpy()
+    sample = sample.select(interleaved(sample.expert, view.num_experts))
+    logits = view.logits(sample.inputs).double().numpy()
     return list(progressive_subset(logits, sample.weights(view.stats.dispatched).numpy(), count)), ""
+
+
+def interleaved(expert: Tensor, num_experts: int) -> Tensor:
+    """Order of tokens (T,) in which every stretch holds the same share of each expert's.
+
+    The sample itself is not: of rarely used experts its last tokens are the most.
+    """
+    order = expert.argsort(stable=True)
+    counts = torch.bincount(expert, minlength=num_experts)
+    starts = counts.cumsum(0) - counts
+    rank = torch.empty(len(expert), dtype=torch.float64)
+    rank[order] = (torch.arange(len(expert)) - starts[expert[order]] + 0.5).double()
+    return (rank / counts[expert]).argsort(stable=True)
 
 
 def finite_similarity(view: LayerView, name: str, parameters: Parameters) -> Tensor:

@@ -34,6 +34,7 @@ class LayerView:
         stats: sums of the layer.
         router: router rows (E, D).
         expert: loads one expert, float32.
+        bias: router biases (E,), where the router has any.
         seed: for the `random` basis.
         cache: what was computed already; shared by views of one layer that differ in their seed.
     """
@@ -42,17 +43,23 @@ class LayerView:
     router: Tensor
     expert: Callable[[int], Expert]
     seed: int = 0
+    bias: Tensor | None = None
     cache: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:
         return self.stats.num_experts
 
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Router logits (T, E) of tokens (T, D)."""
+        logits = inputs @ self.router.T
+        return logits if self.bias is None else logits + self.bias
+
     @property
     def outputs(self) -> LayerOutputs:
         """What all experts make of the same tokens."""
         if "outputs" not in self.cache:
-            self.cache["outputs"] = layer_outputs(self.stats, self.router, self.expert)
+            self.cache["outputs"] = layer_outputs(self.stats, self.logits, self.expert)
         return self.cache["outputs"]
 
     def experts(self) -> Iterator[Expert]:
@@ -169,9 +176,14 @@ def expert_output_token(view: LayerView, metric: Metric) -> Tensor:
 
 
 def ream(view: LayerView, metric: Metric) -> Tensor:
-    """Mean of the similarity of gate-weighted mean outputs and that of the router's logits (REAM)."""
+    """Mean of the similarity of gate-weighted mean outputs and that of the router's logits (REAM).
+
+    The latter by the distance of the experts' logits, each of unit norm over the tokens, relative to the largest.
+    """
     outputs = vector_similarity(view.outputs.gated_mean, metric=metric)
-    return finish((outputs + router_logits(view, metric)) / 2)
+    gram = view.stats.router_logits_gram
+    norm = gram.diagonal().clamp(min=TINY).sqrt()
+    return finish((outputs + gram_similarity(gram / (norm[:, None] * norm), metric="euclidean")) / 2)
 
 
 def input_weight(view: LayerView, metric: Metric) -> Tensor:

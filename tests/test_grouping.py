@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msmoe.errors import UserError
-from msmoe.grouping import GROUPINGS, dominant_experts, group_counts, group_experts
+from msmoe.grouping import GROUPINGS, assign_to_kept, centroids_first, dominant_experts, group_counts, group_experts
 
 
 def random_similarity(num_experts: int, seed: int = 0) -> torch.Tensor:
@@ -183,3 +183,37 @@ def test_with_capacity_the_more_used_expert_chooses_first():
 def test_unused_experts_dominate_by_index():
     groups = group_experts(torch.zeros(4, dtype=torch.float64), random_similarity(4), 2)
     assert [dominant for dominant, _ in groups] == [0, 1]
+
+
+def test_every_expert_goes_to_the_most_similar_kept_one():
+    similarity = np.array([[1.0, 0.9, 0.2, 0.1], [0.9, 1.0, 0.3, 0.4], [0.2, 0.3, 1.0, 0.8], [0.1, 0.4, 0.8, 1.0]])
+    usage = np.array([0.4, 0.3, 0.2, 0.1])
+    assert assign_to_kept(usage, similarity, [0, 2]).tolist() == [0, 0, 1, 1]
+    assert assign_to_kept(usage, similarity, [1, 3]).tolist() == [0, 0, 1, 1]
+
+
+def test_of_equally_similar_kept_experts_the_more_used_one_takes():
+    assert assign_to_kept(np.array([0.1, 0.6, 0.3]), np.ones((3, 3)), [0, 1]).tolist() == [0, 1, 1]
+
+
+def test_a_kept_expert_stays_with_itself_even_if_another_is_as_similar():
+    assert assign_to_kept(np.array([0.5, 0.4, 0.1]), np.ones((3, 3)), [0, 1, 2]).tolist() == [0, 1, 2]
+
+
+def test_centroids_take_their_nearest_in_the_order_of_their_scores():
+    scores = np.array([0.5, 0.4, 0.1, 0.1, 0.1])
+    similarity = np.eye(5)
+    similarity[0] = [1.0, 0.0, 0.6, 0.9, 0.8]
+    similarity[1] = [0.0, 1.0, 0.9, 0.9, 0.9]
+    # capacity 3: expert 0 takes 3 (.9) and 4 (.8) before expert 1 may choose; 2 is left for it
+    assert centroids_first(scores, similarity, 2, capacity=3).tolist() == [0, 1, 1, 0, 0]
+
+
+def test_with_room_for_all_the_first_centroid_takes_all():
+    scores = np.array([0.1, 0.5, 0.4, 0.2])
+    assert centroids_first(scores, np.ones((4, 4)), 2).tolist() == [0, 0, 1, 0]
+
+
+def test_centroids_without_room_for_all_are_refused():
+    with pytest.raises(UserError, match="2 groups of at most 16 cannot hold 40 experts"):
+        centroids_first(np.ones(40), np.ones((40, 40)), 2)

@@ -3,14 +3,17 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.optimize import linear_sum_assignment
 
 from msmoe.calibration.sample import TokenSample
 from msmoe.calibration.stats import LayerStats
 from msmoe.errors import UserError
 from msmoe.families import Expert
+from msmoe.grouping import hierarchical
 from msmoe.similarity import BASES, LayerView, gram_similarity, similarity, standardise, vector_similarity
 
 E, D, F, T = 5, 6, 8, 120
@@ -269,3 +272,60 @@ def test_a_constant_hidden_unit_correlates_with_nothing():
     result = standardise(hidden)
     assert result[:, 1].abs().sum() == 0
     torch.testing.assert_close(result[:, 0], torch.tensor([-1.0, 0.0, 1.0]) / math.sqrt(2))
+
+
+def test_euclidean_similarity_is_linear_in_the_distance():
+    vectors = torch.tensor([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]])  # distances 5, 10, 5
+    expected = [[1.0, 0.5, 0.0], [0.5, 1.0, 0.5], [0.0, 0.5, 1.0]]
+    torch.testing.assert_close(
+        vector_similarity(vectors, metric="euclidean"), torch.tensor(expected, dtype=torch.float64)
+    )
+
+
+def test_equal_vectors_are_entirely_similar_under_the_euclidean_metric():
+    assert vector_similarity(torch.ones(3, 2), metric="euclidean").tolist() == [[1.0] * 3] * 3
+
+
+def test_hierarchical_clusters_of_the_euclidean_metric_are_those_of_the_distances():
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        points = rng.normal(size=(9, 3))
+        ours = hierarchical(np.ones(9), vector_similarity(torch.from_numpy(points), metric="euclidean").numpy(), 4)
+        theirs = fcluster(linkage(points, method="average"), 4, criterion="maxclust")
+        assert (np.equal.outer(ours, ours) == np.equal.outer(theirs, theirs)).all()
+
+
+def test_token_similarity_is_the_mean_cosine_of_outputs_at_the_same_token():
+    view = make_view()
+    sample = view.stats.tokens()
+    outputs = [view.expert(e)(sample.inputs) for e in range(E)]
+    matrix = similarity(view, base="expert-output-token")
+    for i in range(E):
+        for j in range(i):
+            cosine = torch.nn.functional.cosine_similarity(outputs[i], outputs[j], dim=1).mean()
+            assert float(matrix[i, j]) == pytest.approx((1 + float(cosine)) / 2, abs=1e-5)
+
+
+def test_ream_similarity_is_the_mean_of_its_two_halves():
+    view = make_view()
+    sample = view.stats.tokens()
+    probability = (sample.inputs @ view.router.T).softmax(-1)
+    gated = [(probability[:, e, None] * view.expert(e)(sample.inputs)).mean(0) for e in range(E)]
+    gram = view.stats.router_logits_gram
+    matrix = similarity(view, base="ream")
+    for i in range(E):
+        for j in range(i):
+            first = (1 + float(torch.nn.functional.cosine_similarity(gated[i], gated[j], dim=0))) / 2
+            second = (1 + float(gram[i, j] / (gram[i, i] * gram[j, j]).sqrt())) / 2
+            assert float(matrix[i, j]) == pytest.approx((first + second) / 2, abs=1e-5)
+
+
+def test_input_weight_similarity_sees_no_permutation():
+    view = make_view()
+    expert = view.expert(0)
+    order = torch.randperm(F, generator=torch.Generator().manual_seed(3))
+    moved = LayerView(view.stats, view.router, lambda e: expert.permuted(order) if e == 1 else view.expert(e))
+    value = float(similarity(moved, base="input-weight")[0, 1])
+    cosine = float((expert.wi * expert.wi[order]).sum() / expert.wi.square().sum())
+    assert value == pytest.approx((1 + cosine) / 2, abs=1e-6)
+    assert value < 0.99

@@ -101,6 +101,8 @@ class LayerStats:
     def __add__(self, other: "LayerStats") -> "LayerStats":
         if self.gradient_gram is not None or other.gradient_gram is not None:
             warnings.warn("gradient similarities do not add up: the sum has none", stacklevel=3)
+        if self.has_output_gradients != other.has_output_gradients:
+            warnings.warn("only one side has output gradients: the sum has none", stacklevel=3)
         size = min(self.sample_size, other.sample_size)
         sample = TokenSample.concatenate([self.tokens(), other.tokens()]).drawn(size, self.num_experts)
         names = ["routed", "dispatched", "gate_mass", *SUMS]

@@ -111,12 +111,12 @@ def print_results(results: dict) -> None:
     """One table per size, the costs, and what to be careful about."""
     from rich.text import Text
 
-    from msmoe.compare.summary import summarise
+    from msmoe.compare.summary import LABELS, summarise
 
     summary, out = summarise(results), console()
     for size in summary.sizes:
         columns = summary.columns()
-        rows = table("method", "kind", "bytes", "kept", *[c.heading for c in columns], title=size.title)
+        rows = table(*LABELS, *[column.heading for column in columns], title=size.title)
         for row in size.rows:
             cells = [row.cell(column) for column in columns]
             rows.add_row(*map(Text, row.labels), *[Text(c.text, style="bold" if c.is_best else "") for c in cells])

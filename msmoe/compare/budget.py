@@ -20,12 +20,12 @@ def budget_bytes(planner: Planner, experts: float, *, keep_layers: list[str] | N
 
 
 def experts_within(
-    planner: Planner, method: str, budget: int, *, keep_layers: list[str] | None, experts: float, **choices: Any
+    planner: Planner, method: str, limit: int, /, *, keep_layers: list[str] | None, size: float, **choices: Any
 ) -> float | None:
     """Experts per compressible layer, on average, that a method can keep within a budget; None for its own number.
 
     Args:
-        experts: the size asked for, for the error.
+        size: the size asked for, for the error; choices: of the method, as `msmoe.plan`.
 
     Raises:
         UserError: if even the fewest do not fit; the message says which sizes do.
@@ -34,16 +34,16 @@ def experts_within(
         return None
     layers = planner.compressible(keep_layers)
     num_layers, most = len(layers), sum(layer.num_experts for layer in layers)
-    size: Callable[[int], int] = lambda total: planner.predicted_bytes(
+    stored: Callable[[int], int] = lambda total: planner.predicted_bytes(
         method, keep_layers=keep_layers, experts=total / num_layers, **choices
     )
-    smallest = size(num_layers)
-    if smallest > budget:
+    smallest = stored(num_layers)
+    if smallest > limit:
         raise UserError(
-            f"method {method} cannot reach the size of {experts:g} experts per layer, {budget:,} bytes: with 1 expert "
+            f"method {method} cannot reach the size of {size:g} experts per layer, {limit:,} bytes: with 1 expert "
             f"per layer it stores {smallest:,} bytes. Ask for {sizes_that_hold(planner, smallest, keep_layers)}"
         )
-    return largest_within(size, range(num_layers, most + 1), budget) / num_layers
+    return largest_within(stored, range(num_layers, most + 1), limit) / num_layers
 
 
 def largest_within(size: Callable[[int], int], totals: Sequence[int], budget: int) -> int:

@@ -53,6 +53,7 @@ class Job:
         steps: lengths of the recovery, one cell each.
         plan, stats: files; a plan of None is the original itself.
         layer_loss: also measure the loss with one layer compressed at a time.
+        calibration: identity of what the statistics were made from.
     """
 
     method: str
@@ -67,6 +68,7 @@ class Job:
     tasks: tuple[Task, ...]
     settings: Settings
     out: Path
+    calibration: str
 
     @property
     def name(self) -> str:
@@ -76,7 +78,7 @@ class Job:
 def cell_file(job: Job, steps: int) -> Path:
     """Where a cell is kept: the digest of its inputs is the name."""
     settings = job.settings
-    plan = job.plan.read_text(encoding="utf-8") if job.plan else "original"
+    plan = json.loads(job.plan.read_text(encoding="utf-8")) | {"stats": job.calibration} if job.plan else "original"
     recovery = [settings.recovery, steps, job.seed, file_digest(Path(job.data))] if steps else None
     content = [
         FORMAT, version("msmoe"), Checkpoint(job.checkpoint).fingerprint, job.method, job.experts, job.seed, plan,
@@ -155,7 +157,8 @@ def measure(job: Job, path: Path, steps: int) -> dict:
 def score(model: Any, task: Task, job: Job) -> TaskResult:
     metrics = ["loss"] if task.metric == "loss" else [task.metric, "loss"]
     tokenizer = load_tokenizer(job.checkpoint)
-    return evaluate(model, task.file, metrics=metrics, tokenizer=tokenizer, samples=job.settings.max_examples)
+    chosen = job.settings.max_examples
+    return evaluate(model, task.file, metrics=metrics, tokenizer=tokenizer, samples=chosen, count_flops=False)
 
 
 def describe(result: TaskResult, task: Task) -> dict:

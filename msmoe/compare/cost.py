@@ -3,7 +3,6 @@
 Shapes: B batch.
 """
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -40,46 +39,19 @@ def cost_file(job: Job) -> Path:
     return job.out / "cost" / cell_file(job, 0).name
 
 
-def run_cost(job: Job) -> dict:
-    """One method at one size against the original, in turns: its entry in `results.json`, but for the memory."""
-    work = job.out / "work" / f"cost-{job.name}"
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        assert job.plan is not None
-        apply(job.checkpoint, job.plan, work / "compressed", stats=job.stats, workers=1)
-        models = {"own": load(work / "compressed"), "full": load(job.checkpoint)}
-        measured = measure_costs(models, layer_records(job))
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def run_cost(job: Job, path: Path) -> dict:
+    """Compress to `path`, and let it and the original take turns: the entry in `results.json`, but for the memory."""
+    assert job.plan is not None
+    apply(job.checkpoint, job.plan, path, stats=job.stats, workers=1)
+    measured = measure_costs({"own": load(path), "full": load(job.checkpoint)}, layer_records(job))
     return measured["own"] | {"full": measured["full"]}
 
 
-def run_peak(job: Job) -> int:
-    """Most bytes resident in a process of its own that loads a model and runs a batch through it.
-
-    A job without plan stands for the original.
-    """
-    work = job.out / "work" / f"peak-{job.name}"
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        path = job.checkpoint
-        if job.plan is not None:
-            path = work / "compressed"
-            apply(job.checkpoint, job.plan, path, stats=job.stats, workers=1)
-        reset_peak()
-        with torch.inference_mode():
-            load(path)(**batch_of(layer_records(job)[:BATCH_SIZE]))
-        return peak_memory()
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def reset_peak() -> None:
-    """Let Linux count the largest resident size from now on; elsewhere it stays that of the whole process."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
+def run_peak(job: Job, path: Path) -> int:
+    """Most bytes resident in a process of its own that loads a model and runs a batch through it."""
+    with torch.inference_mode():
+        load(path)(**batch_of(layer_records(job)[:BATCH_SIZE]))
+    return peak_memory()
 
 
 def batch_of(records: list[TokenRecord]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from hashlib import sha256
@@ -27,7 +27,8 @@ from msmoe.compare.settings import FISHER_RECORDS, REFERENCES, Settings, task_fi
 from msmoe.errors import UserError
 from msmoe.families import family_of
 from msmoe.methods import METHODS, resolve
-from msmoe.planning import Planner
+from msmoe.plan import Plan
+from msmoe.planning import Planner, check_request
 from msmoe.provenance import versions
 
 FORMAT = "msmoe-comparison/1"
@@ -78,7 +79,14 @@ def compare(
     settings = Settings(methods=names, experts=tuple(map(float, experts)), **options)
     settings.check()
     source = Checkpoint(checkpoint)
-    family_of(source)
+    family = family_of(source)
+    for label in settings.methods:
+        method, choices = variant(label)
+        for size in settings.experts if not METHODS[method].fixed else (None,):
+            check_request(
+                family, source, method=method, export="exact", router="fit", keep_layers=settings.kept, experts=size,
+                **choices,
+            )  # fmt: skip
     files = task_files(list(tasks))
     out = Path(out)
     if processes < 1:
@@ -93,6 +101,7 @@ def compare(
     with lock_journal(out / ".lock"):
         if force and not resume:
             clear(out)
+        shutil.rmtree(out / "work", ignore_errors=True)  # of a killed run
         (out / "cells").mkdir(exist_ok=True)
         note = lambda text: progress(0, 0, text) if progress else None
         planners = {}
@@ -167,6 +176,7 @@ def plan_jobs(
             job = Job(
                 label, experts, seed, settings.recover_steps, planner.source.path, None,
                 out / "stats" / f"seed-{seed}", first, data, tasks, settings, out,
+                calibration_of(planner.stats, settings, label),
             )  # fmt: skip
             if method == "full":
                 jobs.append(job)
@@ -174,13 +184,30 @@ def plan_jobs(
             note(f"planning {label}, {experts:g} experts, seed {seed}")
             file = out / "plans" / f"seed-{seed}" / f"{label}-{experts:g}.json"
             file.parent.mkdir(parents=True, exist_ok=True)
+            kept: dict[str, Any] = {}
             if not fixed:
                 budget = budget_bytes(planner, experts, keep_layers=settings.kept)
-                within = experts_within(planner, method, budget, keep_layers=settings.kept, experts=experts, **choices)
-                choices = choices | {"experts": within}
-            planner.plan(method, keep_layers=settings.kept, seed=seed, **choices).save(file)
+                within = experts_within(planner, method, budget, keep_layers=settings.kept, size=experts, **choices)
+                kept = {"experts": within}
+            if not is_planned(file, planner, {layer.name for layer in layers}, kept):
+                planner.plan(method, keep_layers=settings.kept, seed=seed, **choices, **kept).save(file)
             jobs.append(replace(job, plan=file))
     return jobs
+
+
+def is_planned(file: Path, planner: Planner, layers: set[str], kept: dict[str, Any]) -> bool:
+    """Whether a file holds the plan of an earlier run from the same statistics at the same size."""
+    if not file.exists():
+        return False
+    plan = Plan.load(file)
+    same_size = plan.parameters["experts"] == kept.get("experts", plan.parameters["experts"])
+    return plan.stats.get("sha256") == planner.stats.digest and same_size and set(plan.layers) == layers
+
+
+def calibration_of(stats: Stats, settings: Settings, label: str) -> str:
+    """What of the calibration decides a method's cells: output gradients only where it reads them."""
+    gradients = FISHER_RECORDS if "output gradients" in resolve(*variant(label)).needs else 0
+    return json.dumps([stats.data["sha256"], stats.data["seed"], settings.token_sample, gradients])
 
 
 # ---- cells
@@ -191,10 +218,8 @@ def run_all(jobs: list[Job], total: int, processes: int, progress: Progress | No
     done, failures = 0, []
     if progress:
         progress(0, total, "measuring")
-    with workers(min(processes, len(jobs))) as submit:
-        running = {submit(run_job, job): job for job in jobs}
-        for future in as_completed(running):
-            job = running[future]
+    with workers(processes) as submit:
+        for future, job in finished(submit, jobs, at_once=1 if processes == 1 else 2 * processes):
             try:
                 future.result()
             except BrokenProcessPool:
@@ -208,9 +233,24 @@ def run_all(jobs: list[Job], total: int, processes: int, progress: Progress | No
     return failures
 
 
+def finished(submit: Callable[..., Future], jobs: list[Job], at_once: int) -> Iterator[tuple[Future, Job]]:
+    """The jobs as they get done, `at_once` handed out at a time."""
+    waiting: list[Job] = list(reversed(jobs))
+    running: dict[Future, Job] = {}
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            job = waiting.pop()
+            running[submit(run_job, job)] = job
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            yield future, running.pop(future)
+
+
 @contextlib.contextmanager
-def workers(processes: int) -> Iterator[Callable[..., Future]]:
-    """Fresh processes that share the cores; an interrupt ends them at once."""
+def workers(processes: int, *, own: bool = False) -> Iterator[Callable[..., Future]]:
+    """Fresh processes that share the cores; an interrupt ends them at once. One process is this one, if not `own`."""
+    if processes == 1 and not own:
+        yield done_here
+        return
     threads = max(1, (os.cpu_count() or 1) // processes)
     pool = ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), initializer=start_worker, initargs=(threads, sys.argv[0])
@@ -223,6 +263,16 @@ def workers(processes: int) -> Iterator[Callable[..., Future]]:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()
+
+
+def done_here(function: Callable, *arguments: Any) -> Future:
+    """Call a function at once, as an executor would."""
+    future: Future = Future()
+    try:
+        future.set_result(function(*arguments))
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 def start_worker(threads: int, program: str) -> None:
@@ -246,21 +296,25 @@ def measure_all_costs(jobs: list[Job], settings: Settings, note: Callable[[str],
     chosen = [job for job in jobs if job.seed == settings.seeds[0] and job.plan is not None]
     missing = [job for job in chosen if not cost_file(job).exists()]
     if missing:
-        original = replace(missing[0], plan=None, method="full")
-        full_peak = in_a_process_of_its_own(run_peak, original)
+        full_peak = in_a_process_of_its_own(run_peak, missing[0], missing[0].checkpoint)
         for job in missing:
             note(f"cost of {job.method}, {job.experts:g} experts")
-            content = in_a_process_of_its_own(run_cost, job)
-            content["peak_memory_bytes"] = in_a_process_of_its_own(run_peak, job)
+            path = job.out / "work" / f"cost-{job.name}"
+            shutil.rmtree(path, ignore_errors=True)
+            try:
+                content = in_a_process_of_its_own(run_cost, job, path)
+                content["peak_memory_bytes"] = in_a_process_of_its_own(run_peak, job, path)
+            finally:
+                shutil.rmtree(path, ignore_errors=True)
             content["full"]["peak_memory_bytes"] = full_peak
             cost_file(job).parent.mkdir(exist_ok=True)
             write_whole(cost_file(job), json.dumps(content) + "\n")
     return {f"{job.method}/{job.experts:g}": json.loads(cost_file(job).read_text(encoding="utf-8")) for job in chosen}
 
 
-def in_a_process_of_its_own(function: Callable, job: Job) -> Any:
-    with workers(1) as submit:
-        return submit(function, job).result()
+def in_a_process_of_its_own(function: Callable, *arguments: Any) -> Any:
+    with workers(1, own=True) as submit:
+        return submit(function, *arguments).result()
 
 
 # ---- results

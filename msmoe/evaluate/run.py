@@ -44,6 +44,7 @@ def evaluate(
     batch_size: int = 64,
     samples: int | None = None,
     seed: int = 0,
+    count_flops: bool = True,
     progress: Progress | None = None,
 ) -> TaskResult:
     """Measure a model on a task.
@@ -56,6 +57,7 @@ def evaluate(
             answers, one that is no label counts as wrong; `loss` is per target token.
         tokenizer: by default the checkpoint's own.
         samples: use a seeded choice of this many records.
+        count_flops: count the operations of a few records; takes a second or so.
 
     Raises:
         UserError: for a checkpoint or data that cannot be used, or a metric that the data do not allow.
@@ -89,7 +91,7 @@ def evaluate(
         majority_share=scorer.majority_share,
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_bytes=num_bytes,
-        flops_per_token=scorer.flops_per_token(),
+        flops_per_token=scorer.flops_per_token() if count_flops else float("nan"),
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
         right=scorer.right.astype(int).tolist() if "exact_match" in scorer.metrics else [],

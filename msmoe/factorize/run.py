@@ -242,20 +242,14 @@ def expert_maps(family: Family, source: Checkpoint, stats: Stats | None) -> dict
     """
     if stats is None:
         return {}
-    plan = None
     if stats.checkpoint.get("fingerprint") != source.fingerprint:
         before = read_provenance(source).get("source", {}).get("fingerprint")
         if stats.checkpoint.get("fingerprint") != before:
             stats.check_against(source)
-        if source.model_type != family.compressed_model_type and (source.path / "plan.json").exists():
-            plan = Plan.load(source.path / "plan.json")
     maps = {}
     for layer, _ in family.stored_layers(source):
         if source.model_type == family.compressed_model_type:
             maps[layer.name] = source.read(family.expert_map_key(layer.name))
-        elif plan is not None and layer.name in plan.layers:
-            mapping = torch.tensor(plan.layers[layer.name].expert_map)
-            maps[layer.name] = mapping if (mapping >= 0).all() else torch.arange(layer.num_experts)
         else:
             maps[layer.name] = torch.arange(layer.num_experts)
     return maps

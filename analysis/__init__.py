@@ -1,0 +1,1 @@
+"""Figures and reports from stats, plans and results; `msmoe` does not need them."""

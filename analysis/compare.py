@@ -1,0 +1,97 @@
+"""Tables and figures of a comparison, from its results.json alone.
+
+python -m analysis.compare results.json --out DIR
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from analysis.comparison_plots import FIGURES, write_figures
+from analysis.comparison_tables import comparison_csv, latex, latex_document, markdown
+from msmoe.checkpoint import write_whole
+from msmoe.compare.summary import summarise
+from msmoe.errors import UserError
+
+TABLES = "comparison_tables"
+
+
+def write_all(results: dict, out: Path, *, force: bool = False) -> list[Path]:
+    """Write every table and figure of a comparison into a folder.
+
+    `comparison.md` shows the tables and figures, `comparison.csv` has every number, `comparison_tables.tex` is to be
+    read into a paper and `comparison.tex` compiles by itself; figures are PNG and SVG.
+
+    Args:
+        results: content of results.json.
+        out: folder, made if it does not exist.
+        force: replace files of an earlier report.
+
+    Returns:
+        The files, the report first. A figure without data is left out.
+
+    Raises:
+        UserError: if the results are no comparison, a file exists without `force`, or cannot be written.
+    """
+    out = Path(out)
+    summary = summarise(results)
+    targets = [
+        *[f"comparison.{ending}" for ending in ("md", "csv", "tex")],
+        f"{TABLES}.tex",
+        *[f"{name}.{ending}" for name in FIGURES for ending in ("png", "svg")],
+    ]
+    existing = [out / name for name in targets if (out / name).exists()]
+    if existing and not force:
+        raise UserError(f"{existing[0]} exists; use --force to replace it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        figures = write_figures(summary, out)
+    except OSError as error:
+        raise UserError(f"cannot write into {out}: {error.strerror}") from error
+    shown = [path.name for path in figures if path.suffix == ".png"]
+    texts = {
+        "comparison.md": markdown(summary, figures=shown),
+        "comparison.csv": comparison_csv(summary),
+        "comparison.tex": latex_document(TABLES),
+        f"{TABLES}.tex": latex(summary),
+    }
+    for name, text in texts.items():
+        write_whole(out / name, text)
+    return [*[out / name for name in texts], *figures]
+
+
+def load_results(path: Path) -> dict:
+    """Content of results.json.
+
+    Raises:
+        UserError: if it cannot be read or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="results.json of `msmoe compare`")
+    parser.add_argument("--out", type=Path, required=True, help="folder for tables and figures")
+    parser.add_argument("--force", action="store_true", help="replace the files of an earlier report")
+    chosen = parser.parse_args(arguments)
+    try:
+        written = write_all(load_results(chosen.results), chosen.out, force=chosen.force)
+    except UserError as error:
+        print(f"analysis.compare: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    for path in written:
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,425 @@
+"""Tables that parse back to their numbers, names that cannot break them, and figures looked at as objects."""
+
+import csv
+import functools
+import io
+import itertools
+import re
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from compare.synthetic import comparison
+from markdown_it import MarkdownIt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+
+from analysis.compare import main, write_all
+from analysis.comparison_plots import (
+    STYLE,
+    Point,
+    assign_looks,
+    layer_loss,
+    pareto,
+    pareto_front,
+    points,
+    short_layers,
+    spread,
+    standing,
+    tasks,
+)
+from analysis.comparison_tables import comparison_csv, escape_latex, escape_markdown, latex, latex_document, markdown
+from msmoe.compare.summary import LABELS, Score, Summary, summarise
+from msmoe.errors import UserError
+
+HOSTILE = ("a|b_c%d&e", "*bold* `code` [link](x)", "$m$ {y} <z>", "back\\slash ~^#", "[first]", "two\nlines")
+TINY = {"methods": ("alpha", "beta"), "experts": (4,), "num_examples": 40}
+MANY = tuple(f"method-number-{i}" for i in range(25))
+
+
+@pytest.fixture(scope="module")
+def summary() -> Summary:
+    return summarise(comparison())
+
+
+@pytest.fixture(scope="module")
+def hostile() -> Summary:
+    return summarise(comparison(HOSTILE, tasks=("t|a_b%&", "$m$"), loss_tasks=("l_*",), num_examples=60))
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> list[Path]:
+    """Files of a report, in a folder that did not exist."""
+    return write_all(comparison(**TINY), tmp_path_factory.mktemp("report") / "new" / "folder")
+
+
+@pytest.fixture(autouse=True)
+def style():
+    with mpl.rc_context(STYLE):
+        yield
+
+
+def read_markdown_tables(text: str) -> list[list[list[str]]]:
+    """Plain texts of the cells of all tables, as a renderer sees them."""
+    tables, cells = [], []
+    for token in MarkdownIt("commonmark").enable("table").parse(text):
+        if token.type == "table_open":
+            tables.append([])
+        elif token.type == "tr_open":
+            cells = []
+            tables[-1].append(cells)
+        elif token.type == "tr_close":
+            cells = []
+        elif token.type == "inline" and tables:
+            cells.append("".join(child.content for child in token.children or []))
+    return tables
+
+
+def csv_lines(summary: Summary) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(comparison_csv(summary))))
+
+
+def drawn_texts(figure) -> list[Text]:
+    """Visible texts of a figure, placed as they are in the file."""
+    FigureCanvasAgg(figure).draw()
+    outside = set()  # labels of ticks beyond the axes, which are not drawn
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        outside |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    return [text for text in texts if text not in outside]
+
+
+@functools.cache
+def drawn_names(draw, methods: tuple[str, ...]) -> list[Text]:
+    """Texts of a figure of methods that differ little, at two sizes."""
+    results = comparison(
+        methods, experts=(8, 4), seeds=(0,), tasks=("t|a_b%&",), loss_tasks=("$l$",), skill_step=0.03, num_examples=60
+    )
+    return drawn_texts(draw(summarise(results)))
+
+
+def overlapping(texts: list[Text]) -> list[tuple[str, str]]:
+    boxes = [(text.get_text(), Text.get_window_extent(text)) for text in texts]  # that of an annotation has its arrow
+    return [(a, b) for (a, one), (b, other) in itertools.combinations(boxes, 2) if one.overlaps(other)]
+
+
+def point(num_bytes: int, value: float) -> Point:
+    return Point("method", 0, num_bytes, Score(value, value, value, 1, 1, None, None, False), float(num_bytes))
+
+
+def test_a_markdown_table_per_size_holds_what_the_cells_say(summary):
+    tables = read_markdown_tables(markdown(summary))
+    columns = summary.columns()
+    for table, size in zip(tables, summary.sizes, strict=True):
+        assert table[0] == [*LABELS, *[column.heading for column in columns]]
+        expected = [[*row.labels, *[cell.text for cell in row.cells(columns)]] for row in size.rows]
+        assert table[1:] == expected
+
+
+def test_hostile_names_survive_markdown(hostile):
+    (first, _) = read_markdown_tables(markdown(hostile))
+    assert {line[0] for line in first[3:]} == {" ".join(name.split()) for name in HOSTILE}
+    assert first[0][-6:] == ["t|a_b%&", "t|a_b%& @100", "$m$", "$m$ @100", "l_* (loss)", "l_* (loss) @100"]
+
+
+def test_the_best_of_a_column_is_bold_in_markdown(summary):
+    line = next(line for line in markdown(summary).splitlines() if line.startswith("| alpha"))
+    mean = line.split(" | ")[4]
+    assert mean.startswith("**0.")
+    assert mean.endswith("**")
+
+
+def test_markdown_shows_warnings_and_figures(summary):
+    text = markdown(summary, figures=["pareto.png"])
+    assert all(escape_markdown(warning) in text for warning in summary.warnings)
+    assert "![pareto.png](pareto.png)" in text
+
+
+def test_escaped_text_reads_the_same_after_rendering():
+    for name in HOSTILE:
+        inline = MarkdownIt("commonmark").parse(f"x {escape_markdown(name)} x")[1]
+        text = "".join(child.content for child in inline.children or [])
+        assert text == f"x {' '.join(name.split())} x"
+
+
+def test_csv_parses_back_to_the_numbers(summary):
+    lines = csv_lines(summary)
+    for size in summary.sizes:
+        for row in size.rows:
+            for steps, measured in row.measurements.items():
+                for task, score in (measured.scores | {"(mean)": measured.mean}).items():
+                    key = {"method": row.method, "experts": f"{size.experts:g}", "recover_steps": str(steps)}
+                    (line,) = [x for x in lines if x["task"] == task and key.items() <= x.items()]
+                    for name in ("value", "low", "high", "p_full", "p_best"):
+                        found = float(line[name]) if line[name] else None
+                        expected = getattr(score, name)
+                        assert found == (expected if expected is None else pytest.approx(expected, rel=1e-7))
+                    assert int(line["bytes"]) == measured.num_bytes
+                    assert (int(line["num_examples"]), int(line["num_seeds"])) == (score.num_examples, score.num_seeds)
+
+
+def test_csv_has_a_line_per_method_size_recovery_and_task(summary):
+    # 3 methods x 2 recoveries and 2 references, x 2 sizes x (3 tasks and the mean)
+    assert len(csv_lines(summary)) == (3 * 2 + 2) * 2 * 4
+
+
+def test_hostile_names_survive_csv(hostile):
+    assert {line["method"] for line in csv_lines(hostile)} == {*HOSTILE, "full", "dense"}
+
+
+def test_latex_escapes_what_tex_would_obey():
+    assert escape_latex("50 % of a_b & c#1 $x$ {y} ~^\\") == (
+        r"50 \% of a\_b \& c\#1 \$x\$ \{y\} \textasciitilde{}\textasciicircum{}\textbackslash{}"
+    )
+
+
+def test_latex_protects_a_star_or_bracket_after_a_line_break(hostile):
+    # `\\` takes a star or a bracket that follows it, also on the next line
+    assert not re.search(r"\\\\\s*[*\[]", latex(hostile))
+
+
+def test_latex_names_characters_that_its_fonts_lack():
+    assert escape_latex("é Δ ≈") == r"é U+0394 $\approx$"
+
+
+def test_latex_rows_have_as_many_cells_as_the_table_has_columns(hostile):
+    text = latex(hostile)
+    num_columns = len(re.search(r"\\begin{tabular}{(\w+)}", text)[1])
+    body = text.split(r"\midrule", 1)[1].split(r"\bottomrule")[0]
+    rows = [line for line in body.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 2 + len(HOSTILE)
+    assert {len(re.findall(r"(?<!\\)&", row)) + 1 for row in rows} == {num_columns}
+
+
+def test_latex_heads_span_the_columns_of_a_quantity(summary):
+    text = latex(summary)
+    assert r"\multicolumn{2}{c}{sms\_spam}" in text
+    assert r"\cmidrule(lr){5-6}\cmidrule(lr){7-8}" in text
+
+
+def test_latex_without_recovery_has_one_head():
+    assert r"\multicolumn" not in latex(summarise(comparison(recover_steps=(0,))))
+
+
+def test_latex_environments_and_braces_are_closed(hostile):
+    text = latex(hostile) + latex_document("tables")
+    opened, closed = re.findall(r"\\begin{(\w+)}", text), re.findall(r"\\end{(\w+)}", text)
+    assert sorted(opened) == sorted(closed)
+    bare = re.sub(r"\\[{}]", "", text)
+    assert bare.count("{") == bare.count("}")
+
+
+def test_a_report_is_the_same_bytes_every_time(report, tmp_path):
+    again = write_all(comparison(**TINY), tmp_path)
+    assert [path.name for path in again] == [path.name for path in report]
+    for one, other in zip(report, again, strict=True):
+        assert one.read_bytes() == other.read_bytes(), one.name
+
+
+def test_a_report_has_tables_and_every_figure_twice(report):
+    assert [path.name for path in report] == [
+        "comparison.md", "comparison.csv", "comparison.tex", "comparison_tables.tex",
+        "pareto.png", "pareto.svg", "tasks.png", "tasks.svg", "layer_loss.png", "layer_loss.svg",
+    ]  # fmt: skip
+    assert all(path.stat().st_size > 200 for path in report)
+
+
+def test_a_png_is_at_least_1280_pixels_wide(report):
+    for path in report:
+        if path.suffix == ".png":
+            header = path.read_bytes()[:24]
+            assert header[:4] == b"\x89PNG"
+            assert int.from_bytes(header[16:20]) >= 1280
+
+
+def test_an_earlier_report_is_kept_unless_forced(tmp_path):
+    results = comparison(**TINY, recover_steps=(0,), tasks=("sms",), loss_tasks=(), layer_loss=False)
+    (tmp_path / "comparison.md").write_text("mine")
+    with pytest.raises(UserError, match=r"comparison\.md exists; use --force"):
+        write_all(results, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison.md"]
+    write_all(results, tmp_path, force=True)
+    assert (tmp_path / "comparison.md").read_text() != "mine"
+
+
+def test_a_file_that_is_no_comparison_ends_with_one_line(tmp_path, capsys):
+    (tmp_path / "results.json").write_text('{"format": "msmoe-results/1"}')
+    assert main([str(tmp_path / "results.json"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "format is 'msmoe-results/1', expected 'msmoe-comparison/1'" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("content", "expected"), [(None, "cannot read"), ("{", "is no JSON")])
+def test_a_file_that_cannot_be_read_ends_with_one_line(tmp_path, capsys, content, expected):
+    file = tmp_path / "results.json"
+    if content is not None:
+        file.write_text(content)
+    assert main([str(file), "--out", str(tmp_path / "out")]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_an_output_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError, match="cannot write into"):
+        write_all(comparison(**TINY), tmp_path / "out")
+
+
+def test_pareto_has_a_panel_without_training_and_one_after_recovery(summary):
+    titles = [axes.get_title(loc="left") for axes in pareto(summary).axes]
+    assert titles == ["without training", "after 100 steps of recovery"]
+
+
+def test_pareto_has_one_panel_without_recovery():
+    assert len(pareto(summarise(comparison(recover_steps=(0,)))).axes) == 1
+
+
+def test_pareto_names_every_method_and_reference_in_every_panel(summary):
+    for axes in pareto(summary).axes:
+        names = [text.get_text().split("\n")[0] for text in axes.texts]
+        assert sorted(names) in (
+            ["alpha", "beta", "dense", "full", "gamma"],
+            ["alpha", "beta", "dense untrained", "full untrained", "gamma"],
+        )
+
+
+def test_pareto_draws_every_mean_at_its_value_with_its_interval(summary):
+    axes = pareto(summary).axes[0]
+    drawn = {container.get_label(): container for container in axes.containers}
+    for method, container in drawn.items():
+        means = [next(r for r in s.rows if r.method == method).measurements[0].mean for s in reversed(summary.sizes)]
+        line, _, (bars,) = container.lines
+        np.testing.assert_allclose(line.get_ydata().astype(float), [mean.value for mean in means])
+        ends = [[segment[0][1], segment[1][1]] for segment in bars.get_segments()]
+        np.testing.assert_allclose(ends, [[mean.low, mean.high] for mean in means])
+    assert set(drawn) == {"alpha", "beta", "gamma"}
+
+
+def test_points_of_one_size_stay_closer_to_their_bytes_than_to_the_next_size():
+    found = points(summarise(comparison(MANY, experts=(8, 4, 2), num_examples=40)), 0)
+    sizes = sorted({p.num_bytes for p in found})
+    for p in found:
+        nearest = min(sizes, key=lambda size: abs(np.log(p.x / size)))
+        assert nearest == p.num_bytes
+
+
+@pytest.mark.parametrize("draw", [pareto, tasks, layer_loss])
+@pytest.mark.parametrize("methods", [MANY, HOSTILE], ids=["many", "hostile"])
+def test_no_label_lies_on_another(draw, methods):
+    assert overlapping(drawn_names(draw, methods)) == []
+
+
+@pytest.mark.parametrize("draw", [pareto, tasks, layer_loss])
+def test_names_are_drawn_as_they_are(draw):
+    texts = drawn_names(draw, HOSTILE)
+    assert {" ".join(name.split()) for name in HOSTILE} <= {text.get_text() for text in texts}
+    assert not any(text.get_parse_math() for text in texts)  # $m$ is no formula
+
+
+def test_a_lower_mean_loss_is_drawn_higher():
+    axes = pareto(summarise(comparison(tasks=(), loss_tasks=("text",)))).axes[0]
+    bottom, top = axes.get_ylim()
+    assert bottom > top
+
+
+def test_the_pareto_front_by_hand():
+    a, b, c, d = point(100, 0.5), point(200, 0.4), point(300, 0.9), point(400, 0.9)
+    # b is larger and worse than a, d larger than c and no better
+    assert pareto_front([d, c, b, a]) == [a, c]
+
+
+def test_a_few_bytes_less_are_no_place_on_the_pareto_front():
+    better, slightly_smaller = point(1000, 0.9), point(995, 0.2)
+    assert pareto_front([better, slightly_smaller]) == [better]
+
+
+def test_the_pareto_front_of_losses_keeps_the_lowest():
+    low, high = point(100, 2.0), point(100, 3.0)
+    assert pareto_front([low, high], lower_is_better=True) == [low]
+
+
+def test_tasks_have_a_panel_each_with_better_to_the_right(summary):
+    panels = tasks(summary).axes
+    assert [axes.get_title(loc="left") for axes in panels] == ["sms_spam", "topic", "held_out"]
+    assert [axes.xaxis_inverted() for axes in panels] == [False, False, True]
+
+
+def test_tasks_draw_a_marker_for_every_score(summary):
+    axes = tasks(summary).axes[0]
+    drawn = sorted(float(line.get_xdata()[0]) for line in axes.lines if len(line.get_xdata()) == 1)
+    rows = [row for size in summary.sizes for row in size.methods]
+    expected = sorted(m.scores["sms_spam"].value for row in rows for m in row.measurements.values())
+    assert drawn == pytest.approx(expected)
+
+
+def test_layer_loss_has_a_panel_per_size_with_methods_and_layers(summary):
+    *panels, _ = layer_loss(summary).axes
+    assert [axes.get_title(loc="left") for axes in panels] == ["8 experts per layer", "4 experts per layer"]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == standing(summary)
+    assert [label.get_text() for label in panels[0].get_xticklabels()] == ["encoder 3", "decoder 1", "decoder 3"]
+
+
+def test_layer_loss_colours_the_losses(summary):
+    axes = layer_loss(summary).axes[0]
+    losses = {row.method: list(row.layer_loss.values()) for row in summary.sizes[0].methods}
+    np.testing.assert_allclose(axes.images[0].get_array(), [losses[method] for method in standing(summary)])
+
+
+def test_references_with_layer_losses_stand_below_the_methods():
+    results = comparison()
+    dense = next(cell for cell in results["cells"] if cell["method"] == "dense")
+    dense["layer_loss"] = dict.fromkeys(results["cells"][0]["layer_loss"], 0.1)
+    labels = layer_loss(summarise(results)).axes[0].get_yticklabels()
+    assert [label.get_text() for label in labels] == ["alpha", "beta", "gamma", "dense"]
+
+
+def test_a_layer_that_was_not_measured_is_blank():
+    results = comparison(experts=(4,))
+    for cell in results["cells"]:
+        if cell["method"] == "alpha" and cell["layer_loss"]:
+            cell["layer_loss"].popitem()
+    axes = layer_loss(summarise(results)).axes[0]
+    assert axes.images[0].get_array().mask[0].tolist() == [False, False, True]
+    assert len(axes.texts) == 3 * 3 - 1
+
+
+def test_there_is_no_layer_figure_without_layer_losses():
+    assert layer_loss(summarise(comparison(layer_loss=False))) is None
+
+
+def test_a_report_shows_only_the_figures_that_there_are(tmp_path):
+    written = write_all(comparison(**TINY, recover_steps=(0,), tasks=("sms",), layer_loss=False), tmp_path)
+    assert not any("layer" in path.name for path in written)
+    assert "layer_loss" not in written[0].read_text()
+
+
+def test_no_two_coloured_methods_look_the_same():
+    looks = assign_looks(MANY[:12]).values()
+    assert len({(look.colour, look.line) for look in looks}) == 12
+    assert len({look.marker for look in looks}) == 12
+
+
+def test_of_many_methods_the_best_are_coloured():
+    looks = assign_looks(MANY)
+    assert [method for method in MANY if looks[method].is_coloured] == list(MANY[:6])
+
+
+def test_labels_move_no_more_than_they_must():
+    # 0.50 and 0.52 need 0.1 between them: as far up as down; 0.9 stays
+    np.testing.assert_allclose(spread([0.52, 0.9, 0.50], 0.1), [0.56, 0.9, 0.46])
+
+
+def test_labels_without_room_share_what_there_is():
+    np.testing.assert_allclose(spread([0.5] * 4, 0.5), [0.125, 0.375, 0.625, 0.875])
+
+
+def test_layers_are_named_by_what_tells_them_apart():
+    names = ["encoder.block.1.layer.1.mlp", "encoder.block.3.layer.1.mlp", "decoder.block.1.layer.2.mlp"]
+    assert short_layers(names) == ["encoder 1", "encoder 3", "decoder 1"]
+
+
+def test_a_layer_alone_keeps_its_name():
+    assert short_layers(["model.layers.0.mlp"]) == ["model.layers.0.mlp"]

@@ -1,0 +1,253 @@
+"""A comparison from files to results: what is measured, what is done again, what is refused, what a kill leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import LAYERS, batch_of, random_records, size_of, write_records
+
+from msmoe.apply import apply
+from msmoe.checkpoint.writer import lock_journal
+from msmoe.compare.run import compare
+from msmoe.compare.settings import task_files, variant
+from msmoe.errors import UserError
+from msmoe.evaluate.run import evaluate
+from msmoe.loading import load
+from msmoe.plan import Plan
+
+METHODS = ("m-smoe", "reap", "mone", "reap:others=nearest")
+RECOVERY = {"learning_rate": 1e-2, "batch_size": 8, "train": "all"}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    for name, seed in (("one", 11), ("two", 12)):
+        write_records(folder / f"{name}.jsonl", random_records(20, seed=seed))
+    return folder
+
+
+def run(switch, data, tasks, out, **options):
+    settings = {"methods": METHODS, "experts": (3,), "seeds": (0, 1), "samples": 25, "cost": False} | options
+    return compare(switch, out, data=data, tasks=[tasks], **settings)
+
+
+@pytest.fixture(scope="module")
+def compared(switch, data, tasks, tmp_path_factory):
+    out = tmp_path_factory.mktemp("compared") / "out"
+    return run(switch, data, tasks, out, recover_steps=(0, 2), recovery=RECOVERY), out
+
+
+def cells_of(results, method):
+    return [cell for cell in results["cells"] if cell["method"] == method]
+
+
+def test_there_is_a_cell_for_every_method_size_seed_and_recovery(compared):
+    found = {(c["method"], c["experts"], c["seed"], c["recover_steps"]) for c in compared[0]["cells"]}
+    wanted = {(m, 3.0, s, r) for m in METHODS for s in (0, 1) for r in (0, 2)}
+    assert found == wanted | {("full", 6.0, 0, r) for r in (0, 2)} | {("dense", 1.0, 0, r) for r in (0, 2)}
+
+
+def test_scores_are_those_of_the_planned_checkpoint(compared, switch, tasks, tmp_path):
+    results, out = compared
+    cell = next(c for c in cells_of(results, "reap") if c["seed"] == 1 and not c["recover_steps"])
+    apply(switch, out / "plans" / "seed-1" / "reap-3.json", tmp_path / "out", stats=out / "stats" / "seed-1")
+    expected = evaluate(tmp_path / "out", tasks / "one.jsonl").metrics["loss"].value
+    assert cell["tasks"]["one"]["metrics"]["loss"]["value"] == pytest.approx(expected, rel=1e-6)
+    assert cell["bytes"] == size_of(tmp_path / "out")
+
+
+def test_the_examples_of_a_loss_task_add_up_to_its_loss(compared):
+    for cell in compared[0]["cells"]:
+        for task in cell["tasks"].values():
+            total, tokens = (sum(column) for column in zip(*task["examples"], strict=True))
+            assert total / tokens == pytest.approx(task["metrics"]["loss"]["value"], rel=1e-4)
+
+
+def test_every_method_stays_within_the_budget(compared):
+    results = compared[0]
+    for cell in results["cells"]:
+        if cell["method"] not in ("full", "dense"):
+            assert cell["bytes"] <= results["budgets"]["3"]
+
+
+def test_all_methods_of_a_seed_read_the_same_calibration_data(compared):
+    results, out = compared
+    plans = [json.loads(file.read_text()) for file in (out / "plans" / "seed-0").glob("*.json")]
+    assert len({p["stats"]["sha256"] for p in plans}) == 1
+    assert len(set(results["calibration"]["sha256"])) == 2  # 25 of 40 records, another choice per seed
+    assert {tuple(p["parameters"]["keep_layers"]) for p in plans} == {(LAYERS[0],)}
+
+
+def test_a_choice_in_the_label_reaches_the_plan(compared):
+    stored = Plan.load(compared[1] / "plans" / "seed-0" / "reap:others=nearest-3.json")
+    assert stored.method == "reap"
+    assert stored.parameters["others"] == "nearest"
+
+
+def test_recovery_moves_the_weights_of_the_full_model_as_well(compared):
+    full = {c["recover_steps"]: c["tasks"]["one"]["metrics"]["loss"]["value"] for c in cells_of(compared[0], "full")}
+    assert full[2] < full[0]
+
+
+def test_a_rerun_does_nothing_and_gives_the_same_results(compared, switch, data, tasks):
+    results, out = compared
+    before = {f: f.stat().st_mtime_ns for f in (out / "cells").iterdir()}
+    again = run(switch, data, tasks, out, recover_steps=(0, 2), recovery=RECOVERY, resume=True)
+    assert {f: f.stat().st_mtime_ns for f in (out / "cells").iterdir()} == before
+    assert again == results
+
+
+def test_only_what_is_new_is_done(compared, switch, data, tasks):
+    out = compared[1]
+    before = {f.name for f in (out / "cells").iterdir()}
+    run(switch, data, tasks, out, methods=(*METHODS, "frequency"), seeds=(0,), resume=True)
+    new = {f.name for f in (out / "cells").iterdir()} - before
+    assert [name.split("-3-")[0] for name in new] == ["frequency"]
+
+
+def test_two_processes_give_the_same_cells_as_one(switch, data, tasks, tmp_path):
+    one = run(switch, data, tasks, tmp_path / "one", seeds=(0,), methods=("reap",))
+    two = run(switch, data, tasks, tmp_path / "two", seeds=(0,), methods=("reap",), processes=2)
+    strip = lambda results: [
+        {k: v for k, v in cell.items() if k not in ("seconds", "evaluate_seconds")} for cell in results["cells"]
+    ]
+    assert strip(one) == strip(two)
+
+
+def test_loss_by_layer_is_that_of_a_checkpoint_with_one_compressed_layer(switch, data, tasks, tmp_path):
+    results = run(switch, data, tasks, tmp_path / "cmp", seeds=(0,), methods=("m-smoe",))
+    layer_loss = cells_of(results, "m-smoe")[0]["layer_loss"]
+    stored = Plan.load(tmp_path / "cmp" / "plans" / "seed-0" / "m-smoe-3.json")
+    apply(switch, stored, tmp_path / "all", stats=tmp_path / "cmp" / "stats" / "seed-0")
+    records = [json.loads(line) for f in sorted(tasks.glob("*.jsonl")) for line in f.read_text().splitlines()]
+    chosen = chosen_records(tasks)
+    before = mean_loss(load(switch), chosen)
+    for name in stored.layers:
+        apply(switch, replace(stored, layers={name: stored.layers[name]}), tmp_path / name)
+        assert layer_loss[name] == pytest.approx(mean_loss(load(tmp_path / name), chosen) - before, abs=1e-5)
+    assert len(records) == 40
+
+
+def chosen_records(tasks):
+    from msmoe.calibration.records import choose_records, read_records
+
+    return [r for f in sorted(tasks.glob("*.jsonl")) for r in choose_records(read_records(f), 16, seed=0)]
+
+
+def mean_loss(model, records) -> float:
+    """Per target token, one record at a time."""
+    total = tokens = 0.0
+    with torch.inference_mode():
+        for record in records:
+            total += float(model(**batch_of([record])).loss) * len(record["labels"])
+            tokens += len(record["labels"])
+    return total / tokens
+
+
+def test_cost_stands_beside_the_full_model(switch, data, tasks, tmp_path):
+    results = run(switch, data, tasks, tmp_path / "out", seeds=(0,), methods=("m-smoe",), cost=True)
+    assert set(results["cost"]) == {"m-smoe/3", "dense/1"}
+    for cost in results["cost"].values():
+        for side in (cost, cost["full"]):
+            assert side["flops_per_token"] > 0
+            assert side["peak_memory_bytes"] > 10**7
+            for stage in ("prefill", "generation"):
+                assert side[stage]["tokens_per_second"] > 0
+                assert 0 < side[stage]["p50_seconds"] <= side[stage]["p95_seconds"]
+        # the stock router has E rows as well, and a token passes one expert: the same arithmetic
+        assert cost["flops_per_token"] == pytest.approx(cost["full"]["flops_per_token"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"methods": ("raep",)}, "unknown method 'raep' - did you mean 'reap'"),
+        ({"methods": ("reap:others=nearby",)}, "unknown others 'nearby' - did you mean 'nearest'"),
+        ({"methods": ("reap:oters=nearest",)}, "unknown parameter 'oters' - did you mean 'others'"),
+        ({"methods": ("reap:nearest",)}, "'nearest' is not of the form name=value"),
+        ({"methods": ("reap:experts=3",)}, "the number of experts follows from the budget"),
+        ({"experts": (7,)}, "--experts must be between 1 and 6"),
+        ({"experts": (0,)}, "--experts must be at least 1, got 0"),
+        ({"recover_steps": (-1,)}, "--recover-steps must not be negative, got -1"),
+        ({"metric": "bleu"}, "unknown metric 'bleu'"),
+        ({"metric": "exact_match", "explicit_metric": True}, "task one has no labels for exact_match"),
+        ({"methods": ("mone",), "experts": (1,)}, "mone cannot reach the size of 1 experts per layer"),
+        ({"keep_layers": ("encoder.block.1.layer.1.mpl",)}, "did you mean 'encoder.block.1.layer.1.mlp'"),
+        ({"processes": 0}, "--processes must be at least 1"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_refused_before_any_cell(options, complaint, switch, data, tasks, tmp_path):
+    with pytest.raises(UserError, match=complaint):
+        run(switch, data, tasks, tmp_path / "out", **options)
+    assert not list((tmp_path / "out" / "cells").glob("*")) if (tmp_path / "out" / "cells").exists() else True
+
+
+def test_an_existing_folder_is_not_touched_without_a_word(compared, switch, data, tasks):
+    with pytest.raises(UserError, match="exists; use --resume to add what is new, or --force to start over"):
+        run(switch, data, tasks, compared[1])
+
+
+def test_two_runs_in_one_folder_are_refused(switch, data, tasks, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with lock_journal(out / ".lock"), pytest.raises(UserError, match="another process is writing"):
+        run(switch, data, tasks, out, resume=True)
+
+
+def test_tasks_of_one_name_are_refused(tasks, tmp_path):
+    (tmp_path / "one.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="two tasks are named one"):
+        task_files([tasks, tmp_path / "one.jsonl"])
+
+
+def test_a_folder_without_tasks_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"is a folder without \*.jsonl files"):
+        task_files([tmp_path])
+
+
+def test_a_label_is_a_method_with_choices():
+    assert variant("m-smoe:align=none:rank=8:canonical=true") == (
+        "m-smoe", {"align": "none", "rank": 8, "canonical": True},
+    )  # fmt: skip
+    assert variant("naee") == ("naee", {})
+
+
+def test_a_failing_cell_leaves_the_others_and_is_named(switch, data, tasks, tmp_path, monkeypatch):
+    """The disk is full for one method: its folder cannot be made."""
+    out = tmp_path / "out"
+    (out / "work").mkdir(parents=True)
+    (out / "work" / "reap-3-0").write_text("in the way")
+    with pytest.raises(UserError, match=r"1 of 4 jobs failed, reap-3-0: .*--resume tries again"):
+        run(switch, data, tasks, out, seeds=(0,), methods=("m-smoe", "reap"), resume=True)
+    assert {c["method"] for c in json.loads((out / "results.json").read_text())["cells"]} == {"full", "dense", "m-smoe"}
+    (out / "work" / "reap-3-0").unlink()
+    results = run(switch, data, tasks, out, seeds=(0,), methods=("m-smoe", "reap"), resume=True)
+    assert {c["method"] for c in results["cells"]} == {"full", "dense", "m-smoe", "reap"}
+
+
+def test_a_killed_run_goes_on_where_it_was(switch, data, tasks, tmp_path):
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "msmoe.cli", "compare", str(switch), "--data", str(data), "--tasks", str(tasks), "--out",
+        str(out), "--methods", "m-smoe,reap,frequency,ean-sum,gate-mass", "--experts", "3,2", "--seeds", "2",
+        "--samples", "25", "--no-cost",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time() + 120
+    while time.time() < deadline and len(list(out.glob("cells/*.json"))) < 2:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {f: f.stat().st_mtime_ns for f in (out / "cells").glob("*.json")}
+    assert 2 <= len(done) < 22
+    subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert len(list(out.glob("cells/*.json"))) == 22
+    assert all(f.stat().st_mtime_ns == written for f, written in done.items())
+    assert not list((out / "work").iterdir())
