@@ -12,7 +12,7 @@ from pathlib import Path
 from analysis.comparison_plots import FIGURES, write_figures
 from analysis.comparison_tables import comparison_csv, latex, latex_document, markdown
 from msmoe.checkpoint import write_whole
-from msmoe.compare.summary import summarise
+from msmoe.compare.scoring import summarise
 from msmoe.errors import UserError
 
 TABLES = "comparison_tables"

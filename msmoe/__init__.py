@@ -7,6 +7,8 @@
     msmoe.factorize("out-dir", "small-dir", stats=stats, rank=32)
     msmoe.recover("small-dir", "final-dir", teacher="switch-dir", data="train.jsonl", epochs=3)
     scores = msmoe.evaluate(model, "task.jsonl")
+    results = msmoe.compare("switch-dir", "comparison", data="calibration.jsonl", tasks=["tasks"],
+                            methods=["m-smoe", "reap"], experts=[4, 2])
 
 Importing the package lets transformers' Auto classes open compressed checkpoints.
 """
@@ -14,6 +16,7 @@ Importing the package lets transformers' Auto classes open compressed checkpoint
 from msmoe.apply import ApplyReport, apply
 from msmoe.calibration.profile import profile
 from msmoe.calibration.stats import Stats
+from msmoe.compare.run import compare
 from msmoe.errors import UserError
 from msmoe.evaluate.results import TaskResult, save_results
 from msmoe.evaluate.run import evaluate
@@ -40,6 +43,7 @@ __all__ = [
     "TaskResult",
     "UserError",
     "apply",
+    "compare",
     "evaluate",
     "factorize",
     "inspect",

@@ -5,8 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.cluster.hierarchy import fcluster, linkage
 from tiny import (
     LAYERS,
+    build_switch,
     layer_plan,
     load_tensors,
     logits_of,
@@ -26,7 +28,9 @@ from msmoe.errors import UserError
 from msmoe.loading import load
 from msmoe.methods import METHODS, Parameters
 from msmoe.plan import Plan, check_layer
-from msmoe.planning import member_weights, plan
+from msmoe.planning import Planner, interleaved, member_weights, plan
+from msmoe.prune import score_experts
+from msmoe.prune.subset import SubsetErrors
 from msmoe.similarity import BASES
 
 ASKED = {"full": {}, "dense": {}}  # references keep what they keep
@@ -340,3 +344,117 @@ def test_a_plan_may_give_each_layer_another_number_of_experts(switch, tmp_path):
     apply(switch, plan_for(Checkpoint(switch), layers), tmp_path / "out")
     written = load_tensors(tmp_path / "out")
     assert [len(written[f"{name}.experts.wi"]) for name in LAYERS] == [1, 6, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("choice", "complaint"),
+    [
+        ({"method": "reap", "rule": "fisher"}, "--rule has no effect with --others remove"),
+        ({"method": "reap", "align": "weight"}, "--align has no effect with --others remove"),
+        ({"method": "mone", "grouping": "kmeans"}, "--grouping has no effect with --others mean-output"),
+        ({"method": "reap", "refit": "independent"}, "--refit needs the original routing"),
+        ({"method": "ream", "refit": "independent"}, "--refit needs the original routing"),
+        ({"method": "m-smoe", "selection": "subset"}, "--selection subset has no effect with --others merge"),
+        ({"method": "git-re-basin", "align": "activation"}, "--align-to mean needs --align weight"),
+        ({"method": "reap", "saliency": "raep"}, "unknown saliency 'raep' - did you mean 'reap'"),
+        ({"method": "dense", "experts": 2}, "method dense keeps one of a layer's experts, not 2"),
+        ({"method": "full", "experts": 3}, "method full keeps all of a layer's experts, not 3"),
+    ],
+)
+def test_choices_that_contradict_each_other_are_refused(choice, complaint, switch, full_stats):
+    with pytest.raises(UserError, match=complaint):
+        plan(switch, full_stats, **choice)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].kind == "pruning"])
+def test_tokens_of_removed_experts_may_go_to_the_most_similar_kept_one(method, switch, full_stats, tmp_path):
+    """The stored experts are the kept ones bit for bit; the router keeps every row."""
+    result = plan(switch, full_stats, method=method, others="nearest", experts=3)
+    kept = {name: layer.removed for name, layer in result.layers.items()}
+    assert set(kept.values()) == {()}
+    apply(switch, result, tmp_path / "out", stats=full_stats)
+    source, written = load_tensors(switch), load_tensors(tmp_path / "out")
+    for name, layer in result.layers.items():
+        assert len(written[f"{name}.expert_map"]) == 6
+        for place, g in enumerate(layer.stored_order):
+            key = f"{name}.experts.expert_{layer.groups[g].dominant}.wi.weight"
+            assert torch.equal(written[f"{name}.experts.wi"][place], source[key])
+
+
+@pytest.mark.parametrize("method", ["reap", "ean-sum", "ean-mean", "gate-mass", "mone", "frequency"])
+def test_a_score_based_method_keeps_the_highest_scores(method, switch, full_stats):
+    saliency = METHODS[method].defaults.saliency
+    for name, layer in plan(switch, full_stats, method=method, experts=3).layers.items():
+        scores = score_experts(saliency, full_stats.layers[name])
+        assert scores[[g.dominant for g in layer.groups]].min() >= scores[list(layer.removed)].max()
+
+
+def test_naee_says_how_it_searched_and_what_it_costs(switch, full_stats):
+    result = plan(switch, full_stats, method="naee", experts=3)
+    assert set(result.notes) == set(result.layers)
+    assert all("exhaustive, 20 subsets; relative output error 0." in note for note in result.notes.values())
+
+
+def test_naee_costs_no_more_than_any_other_pruning_on_its_own_measure(switch, full_stats):
+    planner = Planner(switch, full_stats)
+    for name, layer in planner.plan("naee", experts=3).layers.items():
+        out = planner.view(name).outputs
+        errors = SubsetErrors(*(a.numpy() for a in (out.logits, out.inner, out.square, out.target, out.weights)))
+        kept = lambda layer: sorted(g.dominant for g in layer.groups)
+        best = errors(np.array([kept(layer)]))[0]
+        for other in ("reap", "frequency", "ean-sum", "random-pruning", "task-specific"):
+            theirs = planner.plan(other, experts=3, budget="uniform").layers[name]
+            assert best <= errors(np.array([kept(theirs)]))[0] * (1 + 1e-9)
+
+
+def test_mone_reproduces_an_expert_of_constant_output(data, records, tmp_path):
+    """Experts whose neurons all rest give zero to every token, which their mean output is as well."""
+    model = build_switch(seed=3)
+    with torch.no_grad():
+        for name in LAYERS:
+            for e in (1, 4, 5):
+                model.get_submodule(f"{name}.experts.expert_{e}").wo.weight.zero_()
+    model.save_pretrained(tmp_path / "ckpt")
+    stats = profile_small(tmp_path / "ckpt", data)
+    result = plan(tmp_path / "ckpt", stats, method="mone", experts=3)
+    assert {layer.removed for layer in result.layers.values()} == {(1, 4, 5)}  # no variance
+    apply(tmp_path / "ckpt", result, tmp_path / "out", stats=stats)
+    difference = logits_of(load(tmp_path / "out"), records) - logits_of(load(tmp_path / "ckpt"), records)
+    assert difference.abs().max() < 1e-4
+
+
+def test_hc_smoe_groups_are_scipys_clusters_of_mean_outputs(switch, full_stats):
+    planner = Planner(switch, full_stats)
+    for name, layer in planner.plan("hc-smoe", experts=3).layers.items():
+        labels = fcluster(linkage(planner.view(name).outputs.mean.numpy(), method="average"), 3, criterion="maxclust")
+        expected = {tuple(np.flatnonzero(labels == label).tolist()) for label in set(labels)}
+        assert {g.members for g in layer.groups} == expected
+
+
+def test_ream_weighs_members_by_their_saliency(switch, full_stats):
+    for name, layer in plan(switch, full_stats, method="ream", experts=2).layers.items():
+        scores = score_experts("reap", full_stats.layers[name])
+        for group in layer.groups:
+            expected = scores[list(group.members)] / scores[list(group.members)].sum()
+            np.testing.assert_allclose(group.weights, expected, rtol=1e-9)
+
+
+def test_router_biases_take_part_in_what_a_subset_costs(data, tmp_path):
+    """With a bias that sends every token to expert 2, the subset of one expert is that one."""
+    model = build_switch(router_bias=True)
+    with torch.no_grad():
+        for name in LAYERS:
+            model.get_submodule(f"{name}.router.classifier").bias[2] = 50.0
+    model.save_pretrained(tmp_path / "ckpt")
+    stats = profile_small(tmp_path / "ckpt", data)
+    result = plan(tmp_path / "ckpt", stats, method="naee", experts=1)
+    assert {g.dominant for layer in result.layers.values() for g in layer.groups} == {2}
+
+
+def test_every_stretch_of_the_interleaved_sample_has_the_same_share_of_every_expert():
+    expert = torch.tensor([0] * 90 + [1] * 10)[torch.randperm(100, generator=torch.Generator().manual_seed(0))].sort()[
+        0
+    ]
+    order = interleaved(expert, 2)
+    for part in expert[order].split(20):
+        assert int((part == 1).sum()) == 2

@@ -111,7 +111,8 @@ def print_results(results: dict) -> None:
     """One table per size, the costs, and what to be careful about."""
     from rich.text import Text
 
-    from msmoe.compare.summary import LABELS, summarise
+    from msmoe.compare.scoring import summarise
+    from msmoe.compare.summary import LABELS
 
     summary, out = summarise(results), console()
     for size in summary.sizes:

@@ -30,7 +30,8 @@ from analysis.comparison_plots import (
     tasks,
 )
 from analysis.comparison_tables import comparison_csv, escape_latex, escape_markdown, latex, latex_document, markdown
-from msmoe.compare.summary import LABELS, Score, Summary, summarise
+from msmoe.compare.scoring import summarise
+from msmoe.compare.summary import LABELS, Score, Summary
 from msmoe.errors import UserError
 
 HOSTILE = ("a|b_c%d&e", "*bold* `code` [link](x)", "$m$ {y} <z>", "back\\slash ~^#", "[first]", "two\nlines")

@@ -69,7 +69,18 @@ def readme_commands() -> list[list[str]]:
     """The `msmoe` lines under "Use"."""
     block = README.read_text(encoding="utf-8").split("## Use")[1].split("```bash")[1].split("```")[0]
     lines = [shlex.split(line, comments=True) for line in block.strip().splitlines()]
-    names = ["inspect", "profile", "plan", "apply", "factorize", "recover", "evaluate", "compress", "methods"]
+    names = [
+        "inspect",
+        "profile",
+        "plan",
+        "apply",
+        "factorize",
+        "recover",
+        "evaluate",
+        "compress",
+        "compare",
+        "methods",
+    ]
     assert [line[1] for line in lines] == names
     return lines
 
@@ -80,6 +91,8 @@ def readme_folder(folder: Path, checkpoint: Path, calibration: list[dict], task:
     write_records(folder / "calibration.jsonl", calibration)
     write_records(folder / "train.jsonl", calibration)
     write_records(folder / "task.jsonl", task)
+    (folder / "tasks").mkdir()
+    write_records(folder / "tasks" / "task.jsonl", task)
     return folder
 
 
@@ -120,9 +133,9 @@ def test_every_command_of_the_readme_succeeds_without_a_word_on_stderr(readme_ti
 
 def test_the_readmes_files_are_written_and_nothing_else(readme_tiny):
     names = {file.name for file in readme_tiny[0].iterdir()}
-    given = {"switch-base-8", "calibration.jsonl", "train.jsonl", "task.jsonl"}
+    given = {"switch-base-8", "calibration.jsonl", "train.jsonl", "task.jsonl", "tasks"}
     written = {"stats", "plan.json", "switch-small", "switch-tiny", "switch-final", "switch-final.training"}
-    assert names - given == written | {"results.json", "in-one-go"}
+    assert names - given == written | {"results.json", "in-one-go", "comparison"}
 
 
 def test_the_readmes_checkpoint_keeps_two_experts_and_loads(readme_tiny):

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from compare.synthetic import comparison
 
+from msmoe.compare.scoring import summarise
 from msmoe.compare.significance import holm, mcnemar
-from msmoe.compare.summary import Measurement, Row, Size, Summary, summarise
+from msmoe.compare.summary import Measurement, Row, Size, Summary
 from msmoe.errors import UserError
 
 SMALL = {"experts": (4,), "recover_steps": (0,), "seeds": (0,), "tasks": ("sms",), "loss_tasks": ()}
