@@ -14,6 +14,7 @@ from msmoe.families import Expert
 
 MAX_TOKENS = 1024  # all experts run on these: E times the arithmetic of a routed token
 MAX_VALUES = 2**27  # of all outputs at once, 512 MB
+TOKENS_AT_ONCE = 64  # whose inner products are summed in float32
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,21 @@ def layer_outputs(
     weights = sample.weights(stats.dispatched)
     share = (weights / weights.sum().clamp(min=1e-30)).float()
     logits = router(sample.inputs).double()
-    probability = logits.softmax(-1).float()
-    outputs_TED = torch.empty(len(sample), num_experts, d_model)
+    probability_TE = logits.softmax(-1).float()
+    outputs_ETD = torch.empty(num_experts, len(sample), d_model)
+    means = torch.empty(num_experts, 2, d_model, dtype=torch.float64)
     for e in range(num_experts):
-        outputs_TED[:, e] = expert(e)(sample.inputs)
-    chosen = outputs_TED[torch.arange(len(sample)), sample.expert] * sample.gate[:, None]
-    inner = torch.einsum("ted,td->te", outputs_TED, chosen).double()
-    square = outputs_TED.square().sum(-1).double()
-    mean = torch.einsum("t,ted->ed", share, outputs_TED).double()
-    gated_mean = torch.einsum("te,ted->ed", share[:, None] * probability, outputs_TED).double()
-    outputs_TED /= square.sqrt().clamp(min=1e-30)[..., None]
+        outputs_ETD[e] = expert(e)(sample.inputs)
+        means[e] = torch.stack([share, share * probability_TE[:, e]]) @ outputs_ETD[e]
+    chosen_TD = outputs_ETD[sample.expert, torch.arange(len(sample))] * sample.gate[:, None]
+    inner_TE = torch.stack([(output_TD * chosen_TD).sum(-1) for output_TD in outputs_ETD], dim=1).double()
+    square_TE = torch.stack([output_TD.square().sum(-1) for output_TD in outputs_ETD], dim=1).double()
+    outputs_ETD *= (share.sqrt() / square_TE.T.sqrt().clamp(min=1e-30)).float()[..., None]
     token_cosine = torch.zeros(num_experts, num_experts, dtype=torch.float64)
-    for block, part in zip(outputs_TED.split(64), share.split(64), strict=True):
-        token_cosine += (part[:, None, None] * (block @ block.mT)).sum(0)
+    for block_ETD in outputs_ETD.split(TOKENS_AT_ONCE, dim=1):
+        flat = block_ETD.flatten(1)
+        token_cosine += flat @ flat.T
     return LayerOutputs(
-        mean, gated_mean, token_cosine, logits, inner, square, chosen.double().square().sum(-1), weights
-    )
+        means[:, 0], means[:, 1], token_cosine, logits, inner_TE, square_TE, chosen_TD.double().square().sum(-1),
+        weights,
+    )  # fmt: skip

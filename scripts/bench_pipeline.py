@@ -18,6 +18,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,16 +26,19 @@ SCRIPT = sys.argv[0]
 if "--stage" in sys.argv:
     sys.argv[0] = "msmoe"  # as the command does: the model classes are imported where a stage needs them
 
+from msmoe.calibration.records import TokenRecord  # noqa: E402
+from msmoe.calibration.stats import LayerStats  # noqa: E402
 from msmoe.checkpoint import Checkpoint, CheckpointWriter, TensorSpec  # noqa: E402
 from msmoe.evaluate.run import peak_memory  # noqa: E402
+from msmoe.families import Family  # noqa: E402
 
 D_MODEL, D_FF, NUM_BLOCKS, VOCABULARY = 768, 3072, 12, 32128
 NUM_RECORDS, SOURCE_LENGTH, TARGET_LENGTH = 256, 64, 16
 BATCH_SIZE = 16
 
 
-def build(folder: Path, num_experts: int) -> None:
-    """Write the synthetic checkpoint, a tensor at a time, and its calibration records."""
+def geometry(num_experts: int) -> tuple[dict, list[TensorSpec]]:
+    """Configuration and tensors of the synthetic checkpoint."""
     from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
     config = SwitchTransformersConfig(
@@ -45,6 +49,12 @@ def build(folder: Path, num_experts: int) -> None:
         model = SwitchTransformersForConditionalGeneration(config)
     tied = {"lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
     specs = [TensorSpec(n, "F32", tuple(p.shape)) for n, p in model.state_dict().items() if n not in tied]
+    return config.to_dict() | {"architectures": [type(model).__name__]}, specs
+
+
+def build(folder: Path, num_experts: int) -> None:
+    """Write the synthetic checkpoint, a tensor at a time, and its calibration records."""
+    config, specs = geometry(num_experts)
     generator = torch.Generator().manual_seed(0)
     shared: dict[str, torch.Tensor] = {}
     with CheckpointWriter(folder, specs, identity="bench", force=True) as writer:
@@ -68,7 +78,7 @@ def build(folder: Path, num_experts: int) -> None:
                 scale = scale * D_MODEL**-0.5 if ".q." in spec.name else scale
                 tensor = torch.randn(spec.shape, generator=generator) * scale
             writer.write(spec.name, tensor)
-        writer.write_text("config.json", json.dumps(config.to_dict() | {"architectures": [type(model).__name__]}))
+        writer.write_text("config.json", json.dumps(config))
     rows = [
         {
             "input_ids": torch.randint(3, VOCABULARY, (SOURCE_LENGTH,), generator=generator).tolist(),
@@ -96,19 +106,26 @@ def stage_copy(folder: Path, work: Path) -> dict:
     return {"copy": seconds}
 
 
-def stage_profile(folder: Path, work: Path) -> dict:
-    """Stock and recorded forward passes in turn, batch by batch, on the same loaded model."""
-    from msmoe.calibration.batches import batch_indices, collate, record_key
+def load_calibrated(folder: Path, num_records: int) -> tuple[Family, Any, list[TokenRecord]]:
+    """The stock model and a seeded choice of its calibration records."""
     from msmoe.calibration.profile import load_records
-    from msmoe.calibration.recorder import Recorder
     from msmoe.families import family_of
 
     source = Checkpoint(folder)
     family = family_of(source)
     records, _ = load_records(
-        source, data_of(folder), samples=NUM_RECORDS, seed=0, max_source_length=512, max_target_length=128
+        source, data_of(folder), samples=num_records, seed=0, max_source_length=512, max_target_length=128
     )
-    model = family.load_model(folder, dtype=torch.float32)
+    return family, family.load_model(folder, dtype=torch.float32), records
+
+
+def time_recording(
+    family: Family, model: Any, records: list[TokenRecord]
+) -> tuple[float, float, dict[str, LayerStats]]:
+    """Seconds of stock and of recorded forward passes, in turn, batch by batch; and what was recorded."""
+    from msmoe.calibration.batches import batch_indices, collate, record_key
+    from msmoe.calibration.recorder import Recorder
+
     order = list(batch_indices(records, BATCH_SIZE))
     batches = [collate([records[i] for i in chosen], pad_id=0) for chosen in order]
     keys = torch.tensor([record_key(r) for r in records])
@@ -128,9 +145,13 @@ def stage_profile(folder: Path, work: Path) -> dict:
                     pass
             recorded += time.perf_counter() - started
         started = time.perf_counter()
-        for layer in recorder.layers.values():
-            layer.stats()
+        layers = {name: layer.stats() for name, layer in recorder.layers.items()}
         recorded += time.perf_counter() - started
+    return stock, recorded, layers
+
+
+def stage_profile(folder: Path, work: Path) -> dict:
+    stock, recorded, _ = time_recording(*load_calibrated(folder, NUM_RECORDS))
     return {"stock forward": stock, "profile": recorded}
 
 
@@ -174,7 +195,6 @@ def stage_forward(folder: Path, work: Path) -> dict:
     """Stock against compressed on one batch, and one grouped layer against a dense one of the same shape."""
     import msmoe
     from msmoe.calibration.batches import collate
-    from msmoe.calibration.records import TokenRecord
 
     generator = torch.Generator().manual_seed(1)
 

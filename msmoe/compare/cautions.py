@@ -30,6 +30,7 @@ def cautions(
         *missing_references(comparison),
         *unequal_bytes(sizes),
         *single_seed(comparison),
+        *same_samples(comparison),
         *small_tasks(comparison, columns),
     )
 
@@ -110,6 +111,17 @@ def single_seed(comparison: Comparison) -> list[str]:
     if not runs or any(len(group) > 1 for group in runs):
         return []
     return ["one seed only: the intervals are over examples and hold no variation between calibration samples"]
+
+
+def same_samples(comparison: Comparison) -> list[str]:
+    """Seeds that differ in everything but the calibration records."""
+    seeds = {run.seed for runs in comparison.groups.values() for run in runs}
+    if len(seeds) < 2 or comparison.num_samples >= len(seeds):
+        return []
+    return [
+        f"{len(seeds)} seeds, but {count(comparison.num_samples, 'choice')} of calibration records: the data have no "
+        "more records than --samples asks for, so the intervals hold little variation between calibration samples"
+    ]
 
 
 def small_tasks(comparison: Comparison, columns: Mapping[str | None, Mapping[Key, Resampled]]) -> list[str]:

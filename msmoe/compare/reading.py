@@ -47,6 +47,7 @@ class Comparison:
     num_parameters: int
     num_bytes: int
     calibration: str
+    num_samples: int  # different choices of calibration records
     tasks: tuple[Task, ...]
     kinds: dict[str, str]
     groups: dict[Key, list[Run]]
@@ -125,6 +126,7 @@ def read_fields(results: dict) -> Comparison:
         num_parameters=int(original["num_parameters"]),
         num_bytes=int(original["bytes"]),
         calibration=str(results["calibration"]["source"]),
+        num_samples=len(set(results["calibration"]["sha256"])),
         tasks=tasks,
         kinds={name: kinds.get(name, REFERENCE if name == FULL else "") for name, _, _ in groups},
         groups=dict(groups),

@@ -32,6 +32,7 @@ from msmoe.planning import Planner, check_request
 from msmoe.provenance import versions
 
 FORMAT = "msmoe-comparison/1"
+MARKER = ".lock"  # a comparison's folder has it; who writes there holds it
 Progress = Callable[..., None]  # (cells done, cells in all, note)
 
 
@@ -79,35 +80,26 @@ def compare(
     settings = Settings(methods=names, experts=tuple(map(float, experts)), **options)
     settings.check()
     source = Checkpoint(checkpoint)
-    family = family_of(source)
-    for label in settings.methods:
-        method, choices = variant(label)
-        for size in settings.experts if not METHODS[method].fixed else (None,):
-            check_request(
-                family, source, method=method, export="exact", router="fit", keep_layers=settings.kept, experts=size,
-                **choices,
-            )  # fmt: skip
+    check_methods(source, settings)
     files = task_files(list(tasks))
     out = Path(out)
     if processes < 1:
         raise UserError(f"--processes must be at least 1, got {processes}")
-    if out.exists() and any(out.iterdir()) and not (resume or force):
-        raise UserError(f"{out} exists; use --resume to add what is new, or --force to start over")
+    check_folder(out, resume=resume, force=force)
     measured = tuple(
         Task(f.resolve(), task_metric(f, settings.metric, explicit=explicit_metric), sha256(f.read_bytes()).hexdigest())
         for f in files
     )
     out.mkdir(parents=True, exist_ok=True)
-    with lock_journal(out / ".lock"):
-        if force and not resume:
+    with lock_journal(out / MARKER):
+        if force:
             clear(out)
         shutil.rmtree(out / "work", ignore_errors=True)  # of a killed run
         (out / "cells").mkdir(exist_ok=True)
         note = lambda text: progress(0, 0, text) if progress else None
         planners = {}
         for seed in settings.seeds:
-            note(f"calibrating, seed {seed}")
-            planners[seed] = Planner(source.path, calibrate(source, data, settings, seed, out))
+            planners[seed] = Planner(source.path, calibrate(source, data, settings, seed, out, progress))
         training = str(recover_data or data)
         jobs = []
         for seed, planner in planners.items():
@@ -123,9 +115,33 @@ def compare(
     return results
 
 
+def check_methods(source: Checkpoint, settings: Settings) -> None:
+    """Raise `UserError` for a method that cannot have one of the sizes, whatever calibration will see."""
+    family = family_of(source)
+    for label in settings.methods:
+        method, choices = variant(label)
+        for size in settings.experts if not METHODS[method].fixed else (None,):
+            check_request(
+                family, source, method=method, export="exact", router="fit", keep_layers=settings.kept, experts=size,
+                **choices,
+            )  # fmt: skip
+
+
+def check_folder(out: Path, *, resume: bool, force: bool) -> None:
+    """Raise `UserError` for an output that may not be written to, or that is no comparison's."""
+    if resume and force:
+        raise UserError("--resume adds to a comparison, --force starts it over: give one of them")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / MARKER).exists():
+        raise UserError(f"{out} exists and holds no comparison: choose another --out")
+    if not (resume or force):
+        raise UserError(f"{out} exists; use --resume to add what is new, or --force to start over")
+
+
 def clear(out: Path) -> None:
     """Remove what an earlier comparison left."""
-    for name in ("stats", "plans", "cells", "cost", "work"):
+    for name in ("stats", "plans", "cells", "cost"):
         shutil.rmtree(out / name, ignore_errors=True)
     (out / "results.json").unlink(missing_ok=True)
 
@@ -133,7 +149,9 @@ def clear(out: Path) -> None:
 # ---- calibration and plans
 
 
-def calibrate(source: Checkpoint, data: str | Path, settings: Settings, seed: int, out: Path) -> Stats:
+def calibrate(
+    source: Checkpoint, data: str | Path, settings: Settings, seed: int, out: Path, progress: Progress | None
+) -> Stats:
     """The statistics of a seed, with all that any method needs: made once, kept beside the cells."""
     needs = {need for label in settings.methods for need in resolve(*variant(label)).needs}
     request = {
@@ -146,7 +164,8 @@ def calibrate(source: Checkpoint, data: str | Path, settings: Settings, seed: in
     marker = out / "stats" / f"seed-{seed}.json"
     if marker.exists() and marker.read_text(encoding="utf-8") == identity and folder.exists():
         return Stats.load(folder)
-    stats = profile(source.path, data, **request)
+    show = None if progress is None else lambda done, total: progress(done, total, f"calibrating, seed {seed}")
+    stats = profile(source.path, data, progress=show, **request)
     stats.save(folder, force=True)
     write_whole(marker, identity)
     return Stats.load(folder)

@@ -2,14 +2,13 @@
 
 With experts dropped, the router chooses among the others: each token goes to the kept expert of highest logit, at the
 softmax probability over the kept logits. The squared error of a subset needs no expert output, only inner products:
-|y - g f_e|^2 = |y|^2 - 2 g <y, f_e> + g^2 |f_e|^2, so a subset costs O(T E).
+|y - g f_e|^2 = |y|^2 - 2 g <y, f_e> + g^2 |f_e|^2, so a subset costs O(T K), and so do all K subsets with one less.
 
 Shapes: E experts, K kept, T tokens, N subsets.
 """
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,9 +45,29 @@ class SubsetErrors:
         largest_TN1 = np.take_along_axis(logits_TNK, best_TN1, -1)
         gate_TN = 1 / np.exp(logits_TNK - largest_TN1).sum(-1)
         expert_TN = np.take_along_axis(np.broadcast_to(subsets_NK, logits_TNK.shape), best_TN1, -1)[..., 0]
+        return self.weights @ self._token_errors(gate_TN, expert_TN)
+
+    def _token_errors(self, gate_TN: np.ndarray, expert_TN: np.ndarray) -> np.ndarray:
+        """Squared error (T, N) of giving each token to an expert at a gate value."""
         rows = np.arange(len(self.logits))[:, None]
         inner_TN, square_TN = self.inner[rows, expert_TN], self.square[rows, expert_TN]
-        return self.weights @ (self.target[:, None] - 2 * gate_TN * inner_TN + gate_TN**2 * square_TN)
+        return self.target[:, None] - 2 * gate_TN * inner_TN + gate_TN**2 * square_TN
+
+    def without_one(self, subset: tuple[int, ...]) -> np.ndarray:
+        """As `__call__`, errors (K,) of the K subsets that lack one expert of `subset`; at least two experts.
+
+        A token changes its expert only where its best goes: to the second best.
+        """
+        subset_K, rows = np.array(subset), np.arange(len(self.logits))
+        logits_TK = self.logits[:, subset_K]
+        best_T = logits_TK.argmax(1)
+        terms_TK = np.exp(logits_TK - logits_TK[rows, best_T][:, None])
+        stays_TK = self._token_errors(1 / (terms_TK.sum(1, keepdims=True) - terms_TK), subset_K[best_T][:, None])
+        logits_TK[rows, best_T] = -np.inf
+        second_T = logits_TK.argmax(1)
+        gate_T = 1 / np.exp(logits_TK - logits_TK[rows, second_T][:, None]).sum(1)
+        stays_TK[rows, best_T] = self._token_errors(gate_T[:, None], subset_K[second_T][:, None])[:, 0]
+        return self.weights @ stays_TK
 
 
 @dataclass(frozen=True)
@@ -75,17 +94,13 @@ def best_subset(errors: SubsetErrors, count: int, *, max_subsets: int = MAX_SUBS
         best = int(values.argmin())
         searched = f"exhaustive, {num_subsets:,} subsets"
         return Subset(tuple(subsets[best].tolist()), float(values[best]) / total, searched)
-    beam, values = np.arange(num_experts)[None], np.zeros(1)
-    while beam.shape[1] > count:
-        candidates = np.array(sorted(set(removals(beam))), dtype=np.int64)
-        values = errors(candidates)
-        beam = candidates[np.argsort(values, kind="stable")[:BEAM_WIDTH]]
+    beam = [tuple(range(num_experts))]
+    while len(beam[0]) > count:
+        values: dict[tuple[int, ...], float] = {}
+        for subset in beam:
+            for i, value in enumerate(errors.without_one(subset).tolist()):
+                values.setdefault(subset[:i] + subset[i + 1 :], value)
+        beam = sorted(values, key=lambda subset: (values[subset], subset))[:BEAM_WIDTH]
+    error = float(errors(np.array(beam[:1]))[0])
     searched = f"beam of {BEAM_WIDTH} ({num_subsets:.1e} subsets are too many to try)"
-    return Subset(tuple(beam[0].tolist()), float(values.min()) / total, searched)
-
-
-def removals(sets: np.ndarray) -> Iterator[tuple[int, ...]]:
-    """Every set with one element taken away."""
-    for row in sets.tolist():
-        for i in range(len(row)):
-            yield tuple(row[:i] + row[i + 1 :])
+    return Subset(beam[0], error / total, searched)

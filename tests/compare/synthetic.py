@@ -49,7 +49,8 @@ def comparison(
             "num_parameters": 9_500_000, "bytes": stored_bytes(NUM_EXPERTS),
             "num_experts": dict.fromkeys(LAYERS, NUM_EXPERTS),
         },
-        "calibration": {"source": "calibration.jsonl", "num_records": 256, "num_tokens": 9000, "sha256": ["0"]},
+        "calibration": {"source": "calibration.jsonl", "num_records": 256, "num_tokens": 9000,
+                        "sha256": [str(seed) for seed in seeds]},
         "settings": {
             "methods": list(methods), "experts": list(experts), "recover_steps": list(recover_steps),
             "seeds": list(seeds), "kept_layers": [], "options": {}, "recovery": {},

@@ -14,7 +14,7 @@ from tiny import LAYERS, batch_of, random_records, size_of, write_records
 
 from msmoe.apply import apply
 from msmoe.checkpoint.writer import lock_journal
-from msmoe.compare.run import compare
+from msmoe.compare.run import MARKER, compare
 from msmoe.compare.settings import task_files, variant
 from msmoe.errors import UserError
 from msmoe.evaluate.run import evaluate
@@ -194,10 +194,26 @@ def test_an_existing_folder_is_not_touched_without_a_word(compared, switch, data
         run(switch, data, tasks, compared[1])
 
 
+def test_a_folder_that_is_no_comparisons_is_never_touched(switch, data, tasks, tmp_path):
+    (tmp_path / "stats").mkdir()
+    for option in ({}, {"force": True}, {"resume": True}):
+        with pytest.raises(UserError, match="exists and holds no comparison"):
+            run(switch, data, tasks, tmp_path, **option)
+    assert [f.name for f in tmp_path.iterdir()] == ["stats"]
+
+
+def test_starting_over_leaves_nothing_of_the_old_comparison(switch, data, tasks, tmp_path):
+    run(switch, data, tasks, tmp_path / "out", seeds=(0,), methods=("m-smoe",))
+    results = run(switch, data, tasks, tmp_path / "out", seeds=(0,), methods=("reap",), force=True)
+    assert {c["method"] for c in results["cells"]} == {"full", "dense", "reap"}
+    assert not list((tmp_path / "out" / "cells").glob("m-smoe*"))
+
+
 def test_two_runs_in_one_folder_are_refused(switch, data, tasks, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    with lock_journal(out / ".lock"), pytest.raises(UserError, match="another process is writing"):
+    (out / MARKER).touch()
+    with lock_journal(out / MARKER), pytest.raises(UserError, match="another process is writing"):
         run(switch, data, tasks, out, resume=True)
 
 
@@ -219,15 +235,21 @@ def test_a_label_is_a_method_with_choices():
     assert variant("naee") == ("naee", {})
 
 
+def fail_for_reap(checkpoint, plan, out, **options):
+    """The disk is full when reap's checkpoint is written."""
+    if Plan.load(plan).method == "reap":
+        raise UserError("cannot write reap: the disk is full")
+    return apply(checkpoint, plan, out, **options)
+
+
 def test_a_failing_cell_leaves_the_others_and_is_named(switch, data, tasks, tmp_path, monkeypatch):
-    """The disk is full for one method: its folder cannot be made."""
     out = tmp_path / "out"
-    (out / "work").mkdir(parents=True)
-    (out / "work" / "reap-3-0").write_text("in the way")
+    run(switch, data, tasks, out, seeds=(0,), methods=("m-smoe",))
+    monkeypatch.setattr("msmoe.compare.cells.apply", fail_for_reap)
     with pytest.raises(UserError, match=r"1 of 4 jobs failed, reap-3-0: .*--resume tries again"):
         run(switch, data, tasks, out, seeds=(0,), methods=("m-smoe", "reap"), resume=True)
     assert {c["method"] for c in json.loads((out / "results.json").read_text())["cells"]} == {"full", "dense", "m-smoe"}
-    (out / "work" / "reap-3-0").unlink()
+    monkeypatch.undo()
     results = run(switch, data, tasks, out, seeds=(0,), methods=("m-smoe", "reap"), resume=True)
     assert {c["method"] for c in results["cells"]} == {"full", "dense", "m-smoe", "reap"}
 

@@ -259,6 +259,13 @@ def test_one_seed_is_warned_of():
     assert not warned(summarise(comparison(seeds=(0, 1))), "one seed only")
 
 
+def test_seeds_that_calibrate_on_the_same_records_are_warned_of():
+    results = comparison(seeds=(0, 1))
+    assert not warned(summarise(results), "2 seeds, but")
+    results["calibration"]["sha256"] = ["0", "0"]
+    assert warned(summarise(results), "2 seeds, but 1 choice of calibration records")
+
+
 @pytest.mark.parametrize(("factor", "expected"), [(1.009, 0), (1.02, 1)])
 def test_methods_of_one_size_that_differ_by_more_than_a_hundredth_of_their_bytes_are_named(factor, expected):
     results = comparison(experts=(4,)) | {"budgets": {}}
