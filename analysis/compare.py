@@ -11,6 +11,7 @@ from pathlib import Path
 
 from analysis.comparison_plots import FIGURES, write_figures
 from analysis.comparison_tables import comparison_csv, latex, latex_document, markdown
+from analysis.cost_tables import cost_csv, cost_markdown
 from msmoe.checkpoint import write_whole
 from msmoe.compare.scoring import summarise
 from msmoe.errors import UserError
@@ -21,8 +22,8 @@ TABLES = "comparison_tables"
 def write_all(results: dict, out: Path, *, force: bool = False) -> list[Path]:
     """Write every table and figure of a comparison into a folder.
 
-    `comparison.md` shows the tables and figures, `comparison.csv` has every number, `comparison_tables.tex` is to be
-    read into a paper and `comparison.tex` compiles by itself; figures are PNG and SVG.
+    `comparison.md` shows the tables and figures, `comparison.csv` and `comparison_cost.csv` have every number,
+    `comparison_tables.tex` is to be read into a paper and `comparison.tex` compiles by itself; figures are PNG and SVG.
 
     Args:
         results: content of results.json.
@@ -36,9 +37,10 @@ def write_all(results: dict, out: Path, *, force: bool = False) -> list[Path]:
         UserError: if the results are no comparison, a file exists without `force`, or cannot be written.
     """
     out = Path(out)
-    summary = summarise(results)
+    summary, costs = summarise(results), results.get("cost") or {}
     targets = [
         *[f"comparison.{ending}" for ending in ("md", "csv", "tex")],
+        "comparison_cost.csv",
         f"{TABLES}.tex",
         *[f"{name}.{ending}" for name in FIGURES for ending in ("png", "svg")],
     ]
@@ -52,10 +54,11 @@ def write_all(results: dict, out: Path, *, force: bool = False) -> list[Path]:
         raise UserError(f"cannot write into {out}: {error.strerror}") from error
     shown = [path.name for path in figures if path.suffix == ".png"]
     texts = {
-        "comparison.md": markdown(summary, figures=shown),
+        "comparison.md": markdown(summary, figures=shown) + cost_markdown(costs),
         "comparison.csv": comparison_csv(summary),
         "comparison.tex": latex_document(TABLES),
         f"{TABLES}.tex": latex(summary),
+        **({"comparison_cost.csv": cost_csv(costs)} if costs else {}),
     }
     for name, text in texts.items():
         write_whole(out / name, text)

@@ -7,7 +7,7 @@ Sources: M-SMoE (arXiv 2310.01334) and its published code for the bases; expert 
 Shapes: E experts, T tokens, D d_model, F d_ff, N features.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -106,10 +106,13 @@ def vector_similarity(vectors: Tensor, *, metric: Metric = "cosine") -> Tensor:
     return gram_similarity(vectors @ vectors.T, metric=metric)
 
 
-def streamed_gram(features: Sequence[Tensor] | Iterator[Tensor], num_experts: int) -> Tensor:
+def streamed_gram(features: Iterable[Tensor], num_experts: int) -> Tensor:
     """Gram matrix (E, E) float64 of flat features, all held once in float32."""
-    stacked = torch.stack([f.flatten().float() for f in features])
-    assert len(stacked) == num_experts
+    stacked = torch.empty(0, 0)
+    for e, matrix in enumerate(features):
+        if e == 0:
+            stacked = torch.empty(num_experts, matrix.numel())
+        stacked[e] = matrix.flatten()
     gram = torch.zeros(num_experts, num_experts, dtype=torch.float64)
     for block in stacked.split(1 << 20, dim=1):
         gram += (block @ block.T).double()

@@ -14,11 +14,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from msmoe.compare.scoring import summarise
 from scipy.stats import kendalltau
 
 from msmoe.cli.console import progress
 from msmoe.compare.run import compare
+from msmoe.compare.scoring import summarise
 from msmoe.compare.summary import Row, Summary
 from msmoe.demo import CALIBRATION, CHECKPOINT, HELD_OUT_TEXT, TASKS
 

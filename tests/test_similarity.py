@@ -311,12 +311,14 @@ def test_ream_similarity_is_the_mean_of_its_two_halves():
     sample = view.stats.tokens()
     probability = (sample.inputs @ view.router.T).softmax(-1)
     gated = [(probability[:, e, None] * view.expert(e)(sample.inputs)).mean(0) for e in range(E)]
-    gram = view.stats.router_logits_gram
+    logits = (sample.inputs @ view.router.T).double()
+    unit = logits / logits.norm(dim=0)
+    largest = torch.cdist(unit.T, unit.T).max()
     matrix = similarity(view, base="ream")
     for i in range(E):
         for j in range(i):
             first = (1 + float(torch.nn.functional.cosine_similarity(gated[i], gated[j], dim=0))) / 2
-            second = (1 + float(gram[i, j] / (gram[i, i] * gram[j, j]).sqrt())) / 2
+            second = 1 - float((unit[:, i] - unit[:, j]).norm() / largest)
             assert float(matrix[i, j]) == pytest.approx((first + second) / 2, abs=1e-5)
 
 

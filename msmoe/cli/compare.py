@@ -75,7 +75,8 @@ def command(
     from msmoe.compare.settings import REFERENCES
     from msmoe.methods import METHODS
 
-    names = [n for n in METHODS if n not in REFERENCES] if methods == "all" else split(methods, str, "--methods")
+    every = [name for name in METHODS if name not in REFERENCES]
+    names = [n for given in split(methods, str, "--methods") for n in (every if given == "all" else [given])]
     options = {"metric": metric} if metric else {}
     with progress("comparing") as update:
         results = compare(

@@ -1,33 +1,25 @@
 """A comparison from beginning to end: calibrate once a seed, plan every method at every size, do the cells, collect."""
 
-import contextlib
 import json
-import multiprocessing
-import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from msmoe.calibration.profile import profile
-from msmoe.calibration.stats import Stats
 from msmoe.checkpoint import Checkpoint, write_whole
 from msmoe.checkpoint.writer import lock_journal
-from msmoe.compare.budget import budget_bytes, experts_within
+from msmoe.compare.budget import budget_bytes
 from msmoe.compare.cells import Job, Task, cell_file, run_job
 from msmoe.compare.cost import cost_file, run_cost, run_peak
-from msmoe.compare.settings import FISHER_RECORDS, REFERENCES, Settings, task_files, task_metric, variant
+from msmoe.compare.prepare import calibrate, plan_jobs
+from msmoe.compare.processes import in_a_process_of_its_own, workers
+from msmoe.compare.settings import REFERENCES, Settings, task_files, task_metric, variant
 from msmoe.errors import UserError
 from msmoe.families import family_of
-from msmoe.methods import METHODS, resolve
-from msmoe.plan import Plan
+from msmoe.methods import METHODS
 from msmoe.planning import Planner, check_request
 from msmoe.provenance import versions
 
@@ -146,89 +138,6 @@ def clear(out: Path) -> None:
     (out / "results.json").unlink(missing_ok=True)
 
 
-# ---- calibration and plans
-
-
-def calibrate(
-    source: Checkpoint, data: str | Path, settings: Settings, seed: int, out: Path, progress: Progress | None
-) -> Stats:
-    """The statistics of a seed, with all that any method needs: made once, kept beside the cells."""
-    needs = {need for label in settings.methods for need in resolve(*variant(label)).needs}
-    request = {
-        "samples": settings.samples, "token_sample": settings.token_sample, "seed": seed,
-        "fisher": FISHER_RECORDS if "output gradients" in needs else 0, "gradients": "weight gradients" in needs,
-    }  # fmt: skip
-    content = Path(data).read_bytes() if Path(data).exists() else str(data).encode()
-    identity = json.dumps([request, source.fingerprint, sha256(content).hexdigest(), versions()["msmoe"]])
-    folder = out / "stats" / f"seed-{seed}"
-    marker = out / "stats" / f"seed-{seed}.json"
-    if marker.exists() and marker.read_text(encoding="utf-8") == identity and folder.exists():
-        return Stats.load(folder)
-    show = None if progress is None else lambda done, total: progress(done, total, f"calibrating, seed {seed}")
-    stats = profile(source.path, data, progress=show, **request)
-    stats.save(folder, force=True)
-    write_whole(marker, identity)
-    return Stats.load(folder)
-
-
-def plan_jobs(
-    planner: Planner,
-    seed: int,
-    settings: Settings,
-    tasks: tuple[Task, ...],
-    data: str,
-    out: Path,
-    note: Callable[[str], None],
-) -> list[Job]:
-    """Plan every method at every size; the references once."""
-    first = seed == settings.seeds[0]
-    layers = planner.compressible(settings.kept)
-    most = max(layer.num_experts for layer in layers)
-    jobs = []
-    for label in settings.methods:
-        method, choices = variant(label)
-        fixed = METHODS[method].fixed
-        if fixed and not first:
-            continue
-        sizes = {"all": (float(most),), "one": (1.0,)}.get(fixed or "", settings.experts)
-        for experts in sizes:
-            job = Job(
-                label, experts, seed, settings.recover_steps, planner.source.path, None,
-                out / "stats" / f"seed-{seed}", first, data, tasks, settings, out,
-                calibration_of(planner.stats, settings, label),
-            )  # fmt: skip
-            if method == "full":
-                jobs.append(job)
-                continue
-            note(f"planning {label}, {experts:g} experts, seed {seed}")
-            file = out / "plans" / f"seed-{seed}" / f"{label}-{experts:g}.json"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            kept: dict[str, Any] = {}
-            if not fixed:
-                budget = budget_bytes(planner, experts, keep_layers=settings.kept)
-                within = experts_within(planner, method, budget, keep_layers=settings.kept, size=experts, **choices)
-                kept = {"experts": within}
-            if not is_planned(file, planner, {layer.name for layer in layers}, kept):
-                planner.plan(method, keep_layers=settings.kept, seed=seed, **choices, **kept).save(file)
-            jobs.append(replace(job, plan=file))
-    return jobs
-
-
-def is_planned(file: Path, planner: Planner, layers: set[str], kept: dict[str, Any]) -> bool:
-    """Whether a file holds the plan of an earlier run from the same statistics at the same size."""
-    if not file.exists():
-        return False
-    plan = Plan.load(file)
-    same_size = plan.parameters["experts"] == kept.get("experts", plan.parameters["experts"])
-    return plan.stats.get("sha256") == planner.stats.digest and same_size and set(plan.layers) == layers
-
-
-def calibration_of(stats: Stats, settings: Settings, label: str) -> str:
-    """What of the calibration decides a method's cells: output gradients only where it reads them."""
-    gradients = FISHER_RECORDS if "output gradients" in resolve(*variant(label)).needs else 0
-    return json.dumps([stats.data["sha256"], stats.data["seed"], settings.token_sample, gradients])
-
-
 # ---- cells
 
 
@@ -264,49 +173,6 @@ def finished(submit: Callable[..., Future], jobs: list[Job], at_once: int) -> It
             yield future, running.pop(future)
 
 
-@contextlib.contextmanager
-def workers(processes: int, *, own: bool = False) -> Iterator[Callable[..., Future]]:
-    """Fresh processes that share the cores; an interrupt ends them at once. One process is this one, if not `own`."""
-    if processes == 1 and not own:
-        yield done_here
-        return
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    pool = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), initializer=start_worker, initargs=(threads, sys.argv[0])
-    )
-    try:
-        yield pool.submit
-    except BaseException:
-        for process in list((pool._processes or {}).values()):  # shutdown would wait for the cells at hand
-            process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
-
-
-def done_here(function: Callable, *arguments: Any) -> Future:
-    """Call a function at once, as an executor would."""
-    future: Future = Future()
-    try:
-        future.set_result(function(*arguments))
-    except Exception as error:
-        future.set_exception(error)
-    return future
-
-
-def start_worker(threads: int, program: str) -> None:
-    """A worker's share of the cores, and nothing of the library's between our lines."""
-    import signal
-
-    from transformers.utils import logging
-
-    sys.argv[0] = program
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
 # ---- cost
 
 
@@ -329,11 +195,6 @@ def measure_all_costs(jobs: list[Job], settings: Settings, note: Callable[[str],
             cost_file(job).parent.mkdir(exist_ok=True)
             write_whole(cost_file(job), json.dumps(content) + "\n")
     return {f"{job.method}/{job.experts:g}": json.loads(cost_file(job).read_text(encoding="utf-8")) for job in chosen}
-
-
-def in_a_process_of_its_own(function: Callable, *arguments: Any) -> Any:
-    with workers(1, own=True) as submit:
-        return submit(function, *arguments).result()
 
 
 # ---- results

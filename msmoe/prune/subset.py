@@ -62,12 +62,14 @@ class SubsetErrors:
         logits_TK = self.logits[:, subset_K]
         best_T = logits_TK.argmax(1)
         terms_TK = np.exp(logits_TK - logits_TK[rows, best_T][:, None])
-        stays_TK = self._token_errors(1 / (terms_TK.sum(1, keepdims=True) - terms_TK), subset_K[best_T][:, None])
+        total_T1 = terms_TK.sum(1, keepdims=True)
+        terms_TK[rows, best_T] = 0.0  # the sum without its largest term is taken anew below: no cancellation
+        errors_TK = self._token_errors(1 / (total_T1 - terms_TK), subset_K[best_T][:, None])
         logits_TK[rows, best_T] = -np.inf
         second_T = logits_TK.argmax(1)
         gate_T = 1 / np.exp(logits_TK - logits_TK[rows, second_T][:, None]).sum(1)
-        stays_TK[rows, best_T] = self._token_errors(gate_T[:, None], subset_K[second_T][:, None])[:, 0]
-        return self.weights @ stays_TK
+        errors_TK[rows, best_T] = self._token_errors(gate_T[:, None], subset_K[second_T][:, None])[:, 0]
+        return self.weights @ errors_TK
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,11 @@ def best_subset(errors: SubsetErrors, count: int, *, max_subsets: int = MAX_SUBS
         return Subset(tuple(subsets[best].tolist()), float(values[best]) / total, searched)
     beam = [tuple(range(num_experts))]
     while len(beam[0]) > count:
-        values: dict[tuple[int, ...], float] = {}
+        found: dict[tuple[int, ...], float] = {}
         for subset in beam:
             for i, value in enumerate(errors.without_one(subset).tolist()):
-                values.setdefault(subset[:i] + subset[i + 1 :], value)
-        beam = sorted(values, key=lambda subset: (values[subset], subset))[:BEAM_WIDTH]
+                found.setdefault(subset[:i] + subset[i + 1 :], value)
+        beam = sorted(found, key=lambda subset: (found[subset], subset))[:BEAM_WIDTH]
     error = float(errors(np.array(beam[:1]))[0])
     searched = f"beam of {BEAM_WIDTH} ({num_subsets:.1e} subsets are too many to try)"
     return Subset(beam[0], error / total, searched)

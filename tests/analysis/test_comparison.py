@@ -30,6 +30,7 @@ from analysis.comparison_plots import (
     tasks,
 )
 from analysis.comparison_tables import comparison_csv, escape_latex, escape_markdown, latex, latex_document, markdown
+from analysis.cost_tables import cost_markdown
 from msmoe.compare.scoring import summarise
 from msmoe.compare.summary import LABELS, Score, Summary
 from msmoe.errors import UserError
@@ -424,3 +425,37 @@ def test_layers_are_named_by_what_tells_them_apart():
 
 def test_a_layer_alone_keeps_its_name():
     assert short_layers(["model.layers.0.mlp"]) == ["model.layers.0.mlp"]
+
+
+COSTS = {
+    "m-smoe/4": {
+        "flops_per_token": 3e6, "peak_memory_bytes": 4e8,
+        "prefill": {"tokens_per_second": 2000.0, "p50_seconds": 0.010, "p95_seconds": 0.020},
+        "generation": {"tokens_per_second": 100.0, "p50_seconds": 0.1, "p95_seconds": 0.3},
+        "full": {
+            "flops_per_token": 6e6, "peak_memory_bytes": 8e8,
+            "prefill": {"tokens_per_second": 1000.0, "p50_seconds": 0.020, "p95_seconds": 0.040},
+            "generation": {"tokens_per_second": 50.0, "p50_seconds": 0.2, "p95_seconds": 0.2},
+        },
+    }
+}  # fmt: skip
+
+
+def test_costs_stand_beside_the_originals():
+    row = cost_markdown(COSTS).splitlines()[-1]
+    assert row == ("| m-smoe/4 | 3 (0.50) | 2,000 (2.00) | 10 (0.50) | 20 (0.50) | 100 (2.00) | 100 (0.50) "
+                   "| 300 (1.50) | 400 (0.50) |")  # fmt: skip
+
+
+def test_a_comparison_without_costs_has_no_table_of_them(tmp_path):
+    assert cost_markdown({}) == ""
+    written = write_all(comparison(), tmp_path)
+    assert "comparison_cost.csv" not in {path.name for path in written}
+
+
+def test_the_csv_of_costs_holds_the_numbers_as_measured(tmp_path):
+    write_all(comparison() | {"cost": COSTS}, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "comparison_cost.csv").open()))
+    found = {row["measure"]: (float(row["value"]), float(row["full"])) for row in rows}
+    assert {row["method"] for row in rows} == {"m-smoe"}
+    assert found["generation.p95_seconds"] == (0.3, 0.2)

@@ -1,9 +1,7 @@
 """The published table beside ours: which figures stand where, and what is said of the order of the methods."""
 
-import sys
-from pathlib import Path
-
 import pytest
+from compare.synthetic import comparison
 from published_table import (
     ABLATIONS,
     PUBLISHED,
@@ -18,9 +16,6 @@ from published_table import (
 from msmoe.compare.scoring import summarise
 from msmoe.compare.settings import variant
 from msmoe.methods import resolve
-
-sys.path.append(str(Path(__file__).parents[1] / "compare"))
-from synthetic import comparison
 
 BEST_FIRST = sorted(ROWS, key=published_mean, reverse=True)
 

@@ -1,0 +1,58 @@
+"""Processes that do the work of a comparison and share the cores."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any
+
+import torch
+
+
+@contextlib.contextmanager
+def workers(processes: int, *, own: bool = False) -> Iterator[Callable[..., Future]]:
+    """Fresh processes that share the cores; an interrupt ends them at once. One process is this one, if not `own`."""
+    if processes == 1 and not own:
+        yield done_here
+        return
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    pool = ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), initializer=start_worker, initargs=(threads, sys.argv[0])
+    )
+    try:
+        yield pool.submit
+    except BaseException:
+        for process in list((pool._processes or {}).values()):  # shutdown would wait for the cells at hand
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def done_here(function: Callable, *arguments: Any) -> Future:
+    """Call a function at once, as an executor would."""
+    future: Future = Future()
+    try:
+        future.set_result(function(*arguments))
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
+def start_worker(threads: int, program: str) -> None:
+    """A worker's share of the cores, and nothing of the library's between our lines."""
+    from transformers.utils import logging
+
+    sys.argv[0] = program
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def in_a_process_of_its_own(function: Callable, *arguments: Any) -> Any:
+    with workers(1, own=True) as submit:
+        return submit(function, *arguments).result()
