@@ -2,7 +2,6 @@
 
 import contextlib
 import multiprocessing
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ def workers(processes: int, *, own: bool = False) -> Iterator[Callable[..., Futu
     if processes == 1 and not own:
         yield done_here
         return
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = max(1, torch.get_num_threads() // processes)
     pool = ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), initializer=start_worker, initargs=(threads, sys.argv[0])
     )

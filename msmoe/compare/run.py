@@ -100,7 +100,7 @@ def compare(
         failures = run_all(jobs, total, processes, progress)
         costs = measure_all_costs(jobs, settings, note) if cost and not failures else {}
         results = collect(source, planners, settings, measured, jobs, costs)
-        write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
+        write_whole(out / "results.json", to_json(results))
     if failures:
         raise UserError(f"{len(failures)} of {len(jobs)} jobs failed, {failures[0]}; the others are kept in {out}: "
                         "--resume tries again")  # fmt: skip
@@ -198,6 +198,16 @@ def measure_all_costs(jobs: list[Job], settings: Settings, note: Callable[[str],
 
 
 # ---- results
+
+
+def to_json(results: dict) -> str:
+    """The content of `results.json`: a line for each entry, and for each cell."""
+    cells = ",\n".join(json.dumps(cell, separators=(",", ":")) for cell in results["cells"])
+    entries = [
+        f'"cells": [\n{cells}\n]' if name == "cells" else f"{json.dumps(name)}: {json.dumps(value)}"
+        for name, value in results.items()
+    ]
+    return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
 def collect(
