@@ -39,6 +39,8 @@ def markdown(summary: Summary, *, figures: Sequence[str] = ()) -> str:
     ]
     if summary.warnings:
         lines += ["**Read with care:**", "", *[f"- {escape_markdown(w)}" for w in summary.warnings], ""]
+    if len(summary.sizes) > 1:
+        lines += ["## All sizes", "", *overview_table(summary), ""]
     for size in summary.sizes:
         lines += [f"## {escape_markdown(size.title)}", "", *markdown_table(summary, size), ""]
     for text in summary.legend:
@@ -47,6 +49,33 @@ def markdown(summary: Summary, *, figures: Sequence[str] = ()) -> str:
     for figure in figures:
         lines += [f"![{escape_markdown(figure)}]({figure})", ""]
     return "\n".join(lines)
+
+
+def overview_table(summary: Summary) -> list[str]:
+    """Lines of one table for all sizes: the mean score of every method, the best methods over the sizes first."""
+    columns = summary.columns(tasks=False)
+    columns = [column for column in columns if column.quantity == "mean"]
+    found: dict[str, dict[float, Row]] = {}
+    for size in summary.sizes:
+        for row in size.rows:
+            found.setdefault(row.method, {})[size.experts] = row
+    sign = 1 if summary.mean_metric == "loss" else -1
+
+    def order(method: str) -> tuple[bool, float]:
+        scores = [row.score(columns[0]) for row in found[method].values()]
+        values = [score.value if score else sign * float("inf") for score in scores]
+        return not next(iter(found[method].values())).is_reference, sign * sum(values) / len(values)
+
+    heads = [f"{size.experts:g} experts{column.heading.removeprefix(summary.mean_title)}"
+             for column in columns for size in summary.sizes]  # fmt: skip
+    lines = [markdown_line(["method", "kind", *map(escape_markdown, heads)]), "|---|---|" + "---:|" * len(heads)]
+    for method in sorted(found, key=order):
+        rows = [found[method].get(size.experts) for size in summary.sizes]
+        cells = [row.cell(column) if row else None for column in columns for row in rows]
+        texts = [("**%s**" if cell.is_best else "%s") % cell.text if cell else "" for cell in cells]
+        kind = next(iter(found[method].values())).kind
+        lines.append(markdown_line([escape_markdown(method), escape_markdown(kind), *texts]))
+    return lines
 
 
 def markdown_table(summary: Summary, size: Size) -> list[str]:

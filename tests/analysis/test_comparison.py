@@ -29,7 +29,15 @@ from analysis.comparison_plots import (
     standing,
     tasks,
 )
-from analysis.comparison_tables import comparison_csv, escape_latex, escape_markdown, latex, latex_document, markdown
+from analysis.comparison_tables import (
+    comparison_csv,
+    escape_latex,
+    escape_markdown,
+    latex,
+    latex_document,
+    markdown,
+    overview_table,
+)
 from analysis.cost_tables import cost_markdown
 from msmoe.compare.scoring import summarise
 from msmoe.compare.summary import LABELS, Score, Summary
@@ -112,7 +120,7 @@ def point(num_bytes: int, value: float) -> Point:
 
 
 def test_a_markdown_table_per_size_holds_what_the_cells_say(summary):
-    tables = read_markdown_tables(markdown(summary))
+    _, *tables = read_markdown_tables(markdown(summary))
     columns = summary.columns()
     for table, size in zip(tables, summary.sizes, strict=True):
         assert table[0] == [*LABELS, *[column.heading for column in columns]]
@@ -121,13 +129,15 @@ def test_a_markdown_table_per_size_holds_what_the_cells_say(summary):
 
 
 def test_hostile_names_survive_markdown(hostile):
-    (first, _) = read_markdown_tables(markdown(hostile))
+    overview, first, _ = read_markdown_tables(markdown(hostile))
+    assert {line[0] for line in overview[3:]} == {" ".join(name.split()) for name in HOSTILE}
     assert {line[0] for line in first[3:]} == {" ".join(name.split()) for name in HOSTILE}
     assert first[0][-6:] == ["t|a_b%&", "t|a_b%& @100", "$m$", "$m$ @100", "l_* (loss)", "l_* (loss) @100"]
 
 
 def test_the_best_of_a_column_is_bold_in_markdown(summary):
-    line = next(line for line in markdown(summary).splitlines() if line.startswith("| alpha"))
+    lines = markdown(summary).split("## 8 experts")[1].splitlines()
+    line = next(line for line in lines if line.startswith("| alpha"))
     mean = line.split(" | ")[4]
     assert mean.startswith("**0.")
     assert mean.endswith("**")
@@ -459,3 +469,14 @@ def test_the_csv_of_costs_holds_the_numbers_as_measured(tmp_path):
     found = {row["measure"]: (float(row["value"]), float(row["full"])) for row in rows}
     assert {row["method"] for row in rows} == {"m-smoe"}
     assert found["generation.p95_seconds"] == (0.3, 0.2)
+
+
+def test_the_overview_sets_the_means_of_all_sizes_side_by_side():
+    summary = summarise(comparison(("alpha", "beta"), experts=(8, 4), recover_steps=(0,), seed_deviation=0.0))
+    lines = overview_table(summary)
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == ["full", "dense", "alpha", "beta"]
+    alpha = next(line for line in lines if line.startswith("| alpha "))
+    for size in summary.sizes:
+        row = next(row for row in size.rows if row.method == "alpha")
+        assert row.cell(summary.columns()[0]).text in alpha
+    assert alpha.count("**") == 4  # the best of both columns
