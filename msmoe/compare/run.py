@@ -25,6 +25,7 @@ from msmoe.provenance import versions
 
 FORMAT = "msmoe-comparison/1"
 MARKER = ".lock"  # a comparison's folder has it; who writes there holds it
+FAILURES = UserError | RuntimeError | ValueError | OSError  # of a cell; the others go on
 Progress = Callable[..., None]  # (cells done, cells in all, note)
 
 
@@ -146,18 +147,21 @@ def run_all(jobs: list[Job], total: int, processes: int, progress: Progress | No
     done, failures = 0, []
     if progress:
         progress(0, total, "measuring")
-    with workers(processes) as submit:
-        for future, job in finished(submit, jobs, at_once=1 if processes == 1 else 2 * processes):
-            try:
-                future.result()
-            except BrokenProcessPool:
-                raise UserError("a process that measured cells was killed, perhaps for want of memory: use fewer "
-                                "--processes and --resume") from None  # fmt: skip
-            except (UserError, RuntimeError, ValueError, OSError) as error:
-                failures.append(f"{job.name}: {str(error).splitlines()[0]}")
-            done += len(job.steps)
-            if progress:
-                progress(done, total, job.name)
+    try:
+        with workers(processes) as submit:
+            for future, job in finished(submit, jobs, at_once=1 if processes == 1 else 2 * processes):
+                error = future.exception()
+                if isinstance(error, BrokenProcessPool) or not isinstance(error, FAILURES | None):
+                    raise error
+                if error is not None:
+                    failures.append(f"{job.name}: {str(error).splitlines()[0]}")
+                done += len(job.steps)
+                if progress:
+                    progress(done, total, job.name)
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that measured cells was killed, perhaps for want of memory: use --resume, and fewer --processes"
+        ) from None
     return failures
 
 

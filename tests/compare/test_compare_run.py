@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 from tiny import LAYERS, batch_of, random_records, size_of, write_records
@@ -252,6 +253,26 @@ def test_a_failing_cell_leaves_the_others_and_is_named(switch, data, tasks, tmp_
     monkeypatch.undo()
     results = run(switch, data, tasks, out, seeds=(0,), methods=("m-smoe", "reap"), resume=True)
     assert {c["method"] for c in results["cells"]} == {"full", "dense", "m-smoe", "reap"}
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_a_line_that_says_how_to_go_on(switch, data, tasks, tmp_path):
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "msmoe.cli", "compare", str(switch), "--data", str(data), "--tasks", str(tasks), "--out",
+        str(out), "--methods", "m-smoe,reap,frequency,ean-sum,gate-mass", "--experts", "3,2", "--seeds", "2",
+        "--samples", "25", "--no-cost", "--processes", "2",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while time.time() < deadline and len(list(out.glob("cells/*.json"))) < 1:
+        time.sleep(0.05)
+    workers = [c.pid for c in psutil.Process(process.pid).children() if "spawn_main" in " ".join(c.cmdline())]
+    os.kill(workers[0], signal.SIGKILL)
+    message = process.communicate()[1]
+    assert process.returncode == 2
+    assert message.strip().splitlines()[-1].startswith("msmoe: a process that measured cells was killed")
+    subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert len(list(out.glob("cells/*.json"))) == 22
 
 
 def test_a_killed_run_goes_on_where_it_was(switch, data, tasks, tmp_path):
