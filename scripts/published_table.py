@@ -201,14 +201,18 @@ def main() -> None:
             "recover_steps": steps[1:],
             "recovery": recovery | {"kd_weight": 0.0},
         },
-        "ablations": {"methods": list(ABLATIONS.values()), "recover_steps": (0,)},
+        "ablations": {  # some similarities correlate hidden units of every pair of experts over the whole sample
+            "methods": list(ABLATIONS.values()),
+            "recover_steps": (0,),
+            "token_sample": min(4096, args.token_sample),
+        },
     }
     if args.skip_ablations:
         del runs["ablations"]
     summaries = {}
     for name, chosen in runs.items():
         with progress(name) as update:
-            results = compare(args.checkpoint, args.out / name.replace(" ", "-"), progress=update, **common, **chosen)
+            results = compare(args.checkpoint, args.out / name.replace(" ", "-"), progress=update, **common | chosen)
         summaries[name] = summarise(results)
     lines = ["# Switch-base-32 table of arXiv 2310.01334", "", *main_table(summaries["table"], steps), ""]
     lines += [*ordering(summaries["table"], steps), ""]
