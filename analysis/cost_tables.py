@@ -30,6 +30,7 @@ def cost_markdown(costs: Mapping[str, Mapping]) -> str:
     if not costs:
         return ""
     lines = [
+        "",
         "## Cost",
         "",
         "In brackets: relative to the original, measured in the same process in turns. Prefill: one forward pass over "

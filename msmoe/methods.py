@@ -336,7 +336,7 @@ def resolve(method: str, choices: dict) -> Parameters:
     if row.fixed == "one":
         parameters = replace(parameters, experts=1)
     check_combination(method, parameters, given)
-    return parameters if parameters.others == "merge" else replace(parameters, align="none")
+    return parameters if parameters.others == "merge" else replace(parameters, align="none", rule="average")
 
 
 def check_combination(method: str, parameters: Parameters, given: dict) -> None:

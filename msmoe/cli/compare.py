@@ -1,5 +1,7 @@
 """`msmoe compare`"""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -78,7 +80,7 @@ def command(
     every = [name for name in METHODS if name not in REFERENCES]
     names = [n for given in split(methods, str, "--methods") for n in (every if given == "all" else [given])]
     options = {"metric": metric} if metric else {}
-    with progress("comparing") as update:
+    with kept_cells_named(out), progress("comparing") as update:
         results = compare(
             checkpoint, out, data=data, tasks=tasks, methods=names, experts=split(experts, float, "--experts"),
             recover_steps=tuple(split(recover_steps, int, "--recover-steps")), recover_data=recover_data,
@@ -92,6 +94,17 @@ def command(
         return
     print_results(results)
     console().print(f"wrote {out / 'results.json'}, {', '.join(str(file.relative_to(out)) for file in written)}")
+
+
+@contextlib.contextmanager
+def kept_cells_named(out: Path) -> Iterator[None]:
+    """After an interrupt, say how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        count = len(list((out / "cells").glob("*.json")))
+        click.echo(f"msmoe: {count} cells are kept in {out}: --resume goes on from there", err=True)
+        raise
 
 
 def split(text: str, kind: type, option: str) -> list:

@@ -42,7 +42,7 @@ PROFILE_OPTIONS = (
         default=0,
         show_default=True,
         help="Records for which the gradients are recorded that method fisher needs (one more forward pass and a "
-        "backward pass over these).",
+        "backward pass over these); `compress` takes 64 where its method needs them.",
     ),
     click.option("--device", default="cpu", show_default=True, help="Where the model runs, e.g. cuda."),
     click.option(

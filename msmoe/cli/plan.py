@@ -16,6 +16,12 @@ from msmoe.cli.options import (
     seed_option,
 )
 
+WORDS = {
+    "remove": "removed",
+    "nearest": "their tokens go to the nearest kept one",
+    "mean-output": "their mean output in their place",
+}
+
 
 @click.command("plan")
 @checkpoint_argument
@@ -35,7 +41,7 @@ def command(
     checkpoint: Path, stats: Path, method: str, out: Path | None, export: str, dry_run: bool, seed: int, force: bool,
     as_json: bool, **options,
 ) -> None:  # fmt: skip
-    """Decide which experts become one. The plan is a small JSON file to read, edit and diff.
+    """Decide which experts are kept and what becomes of the others. The plan is a small JSON file to read and edit.
 
     \b
     Example: msmoe plan switch-base-8 --stats stats --method m-smoe --experts 2 --out plan.json
@@ -60,7 +66,9 @@ def command(
 def print_plan(plan) -> None:
     """The groups of every layer, dominant expert first, and the predicted size."""
     out = console()
-    rows = table("layer", "experts", "kept", title=f"Plan: {plan.method}")
+    others = plan.parameters.get("others", "merge")
+    what = "" if others == "merge" else f", experts not kept: {WORDS.get(others, others)}"
+    rows = table("layer", "experts", "kept", title=f"Plan: {plan.method}{what}")
     rows.add_column("groups (dominant < members)", justify="left", overflow="fold")
     for name, layer in plan.layers.items():
         removed = f"  without {','.join(map(str, layer.removed))}" if layer.removed else ""

@@ -40,7 +40,7 @@ def experts_within(
     smallest = stored(num_layers)
     if smallest > limit:
         raise UserError(
-            f"method {method} cannot reach the size of {size:g} experts per layer, {limit:,} bytes: with 1 expert "
+            f"method {method} cannot reach the size of {size:g} per layer, {limit:,} bytes: with 1 expert "
             f"per layer it stores {smallest:,} bytes. Ask for {sizes_that_hold(planner, smallest, keep_layers)}"
         )
     return largest_within(stored, range(num_layers, most + 1), limit) / num_layers

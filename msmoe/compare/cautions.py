@@ -160,7 +160,7 @@ def smallest_difference(task: Task, comparison: Comparison) -> str:
     discordance = float(np.median(disagreements))
     return (
         f"; two runs would have to differ by about {detectable_difference(discordance, task.num_examples):.3f} to be "
-        f"told apart with 80 % power (methods disagree with the full model on {discordance:.1%} of the examples)"
+        f"told apart with 80 % power (the median method answers {discordance:.1%} of them unlike the full model)"
     )
 
 

@@ -1,5 +1,6 @@
 """A comparison from beginning to end: calibrate once a seed, plan every method at every size, do the cells, collect."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -34,9 +35,11 @@ def compare(
     out: str | Path,
     *,
     data: str | Path,
-    tasks: Sequence[str | Path],
-    methods: Sequence[str],
-    experts: Sequence[float],
+    tasks: str | Path | Sequence[str | Path],
+    methods: str | Sequence[str],
+    experts: float | Sequence[float],
+    seeds: int | Sequence[int] = 3,
+    recover_steps: int | Sequence[int] = (0,),
     processes: int = 1,
     recover_data: str | Path | None = None,
     explicit_metric: bool = False,
@@ -54,8 +57,10 @@ def compare(
         checkpoint: the original.
         out: folder for everything; `resume` adds to it what is new, `force` starts it over.
         data: calibration data; tasks: task files or folders of them.
-        methods: keys of `METHODS`.
+        methods: keys of `METHODS`, perhaps with choices of their own: `reap:others=nearest`.
         experts: sizes, as experts per compressible layer of m-smoe, whose bytes are the budget of all.
+        seeds: of everything random, or how many.
+        recover_steps: lengths of the recovery that follows, 0 for none.
         processes: cells measured at the same time; they share the cores.
         recover_data: what recovery trains on; by default the calibration data.
         explicit_metric: refuse tasks without the metric in place of scoring their loss.
@@ -69,12 +74,19 @@ def compare(
     Raises:
         UserError: for a request that cannot be met, before anything is run; or, at the end, for cells that failed.
     """
-    names = tuple(dict.fromkeys([*REFERENCES, *methods]))
-    settings = Settings(methods=names, experts=tuple(map(float, experts)), **options)
+    if not set(listed(methods)) - set(REFERENCES):
+        raise UserError("--methods names no method to compare with the references")
+    settings = Settings(
+        methods=tuple(dict.fromkeys([*REFERENCES, *listed(methods)])),
+        experts=tuple(map(float, listed(experts))),
+        seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
+        recover_steps=listed(recover_steps),
+        **options,
+    )
     settings.check()
     source = Checkpoint(checkpoint)
     check_methods(source, settings)
-    files = task_files(list(tasks))
+    files = task_files(list(listed(tasks)))
     out = Path(out)
     if processes < 1:
         raise UserError(f"--processes must be at least 1, got {processes}")
@@ -99,13 +111,22 @@ def compare(
             jobs += plan_jobs(planner, seed, settings, measured, training, out, note)
         total = sum(len(job.steps) for job in jobs)
         failures = run_all(jobs, total, processes, progress)
-        costs = measure_all_costs(jobs, settings, note) if cost and not failures else {}
+        costs = measure_all_costs(jobs, settings, progress) if cost and not failures else {}
         results = collect(source, planners, settings, measured, jobs, costs)
+        if resume:
+            results = with_earlier(results, out / "results.json")
+        with contextlib.suppress(OSError):
+            (out / "work").rmdir()
         write_whole(out / "results.json", to_json(results))
     if failures:
         raise UserError(f"{len(failures)} of {len(jobs)} jobs failed, {failures[0]}; the others are kept in {out}: "
                         "--resume tries again")  # fmt: skip
     return results
+
+
+def listed(values: Any) -> tuple:
+    """A single value as a sequence of one."""
+    return (values,) if isinstance(values, int | float | str | Path) else tuple(values)
 
 
 def check_methods(source: Checkpoint, settings: Settings) -> None:
@@ -180,14 +201,17 @@ def finished(submit: Callable[..., Future], jobs: list[Job], at_once: int) -> It
 # ---- cost
 
 
-def measure_all_costs(jobs: list[Job], settings: Settings, note: Callable[[str], None]) -> dict[str, dict]:
+def measure_all_costs(jobs: list[Job], settings: Settings, progress: Progress | None) -> dict[str, dict]:
     """FLOPs, speed and memory of every method at every size, one after the other, on the first seed."""
     chosen = [job for job in jobs if job.seed == settings.seeds[0] and job.plan is not None]
     missing = [job for job in chosen if not cost_file(job).exists()]
     if missing:
+        if progress:
+            progress(0, len(missing), "cost of the full model")
         full_peak = in_a_process_of_its_own(run_peak, missing[0], missing[0].checkpoint)
-        for job in missing:
-            note(f"cost of {job.method}, {job.experts:g} experts")
+        for done, job in enumerate(missing):
+            if progress:
+                progress(done, len(missing), f"cost of {job.method} at size {job.experts:g}")
             path = job.out / "work" / f"cost-{job.name}"
             shutil.rmtree(path, ignore_errors=True)
             try:
@@ -262,6 +286,39 @@ def collect(
         "cells": cells,
         "cost": costs,
     }  # fmt: skip
+
+
+def with_earlier(results: dict, file: Path) -> dict:
+    """The results together with what an earlier run in the same folder measured of the same things.
+
+    Nothing is taken over from a run on another checkpoint, other tasks or calibration data, or with other settings than
+    methods, sizes, seeds and lengths of the recovery.
+    """
+    try:
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        mine, theirs = results["settings"], earlier["settings"]
+        varying = ("methods", "experts", "seeds", "recover_steps")
+        fixed = lambda s: json.dumps({k: v for k, v in s.items() if k not in varying}, sort_keys=True)
+        same = fixed(mine) == fixed(theirs) and all(results[k] == earlier[k] for k in ("checkpoint", "tasks"))
+        same = same and results["calibration"]["source"] == earlier["calibration"]["source"]
+        digests = dict(zip(theirs["seeds"], earlier["calibration"]["sha256"], strict=True))
+        own = dict(zip(mine["seeds"], results["calibration"]["sha256"], strict=True))
+        if not same or any(digests[seed] != own[seed] for seed in digests.keys() & own.keys()):
+            return results
+        key = lambda cell: (cell["method"], cell["experts"], cell["seed"], cell["recover_steps"])
+        known = {key(cell) for cell in results["cells"]}
+        settings = mine | {name: list(dict.fromkeys([*theirs[name], *mine[name]])) for name in varying}
+        digests |= own
+        return results | {
+            "settings": settings,
+            "calibration": results["calibration"] | {"sha256": [digests[seed] for seed in settings["seeds"]]},
+            "methods": earlier["methods"] | results["methods"],
+            "budgets": earlier["budgets"] | results["budgets"],
+            "cells": [cell for cell in earlier["cells"] if key(cell) not in known] + results["cells"],
+            "cost": earlier["cost"] | results["cost"],
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not one of ours
+        return results
 
 
 def kept_layers(planner: Planner, settings: Settings) -> list[str]:

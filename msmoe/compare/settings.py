@@ -7,7 +7,7 @@ from typing import Any
 
 from msmoe.calibration.records import read_records
 from msmoe.errors import UserError
-from msmoe.evaluate.run import METRICS, allowed_metrics
+from msmoe.evaluate.run import allowed_metrics
 from msmoe.methods import Parameters, choose, resolve
 
 REFERENCES = ("full", "dense")
@@ -44,7 +44,10 @@ class Settings:
     def check(self) -> None:
         """Raise `UserError` for an unknown name or a value out of range."""
         for name in self.methods:
-            resolve(*variant(name))
+            try:
+                resolve(*variant(name))
+            except UserError as error:
+                raise UserError(f"{name}: {error}" if ":" in name else str(error)) from error
         for values, what in ((self.experts, "--experts"), (self.recover_steps, "--recover-steps")):
             if not values:
                 raise UserError(f"{what} names no number")
@@ -54,10 +57,10 @@ class Settings:
             raise UserError(f"--recover-steps must not be negative, got {min(self.recover_steps)}")
         if not self.seeds:
             raise UserError("--seeds must be at least 1")
-        if self.metric not in METRICS:
-            raise UserError(f"unknown metric {self.metric!r}; choose from {', '.join(METRICS)}")
         if self.metric not in ("exact_match", "loss"):
-            raise UserError(f"compare tests example by example: --metric is exact_match or loss, not {self.metric}")
+            raise UserError(
+                f"--metric is exact_match or loss, not {self.metric}: methods are compared example by example"
+            )
 
     @property
     def kept(self) -> list[str] | None:

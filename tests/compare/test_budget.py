@@ -46,7 +46,7 @@ def test_references_have_their_own_number(planner):
 
 def test_a_size_out_of_reach_is_refused_with_the_sizes_that_are_not(planner):
     budget = budget_bytes(planner, 1, keep_layers=None)
-    with pytest.raises(UserError, match=r"mone cannot reach the size of 1 experts per layer.*Ask for --experts 2 to 6"):
+    with pytest.raises(UserError, match=r"mone cannot reach the size of 1 per layer.*Ask for --experts 2 to 6"):
         experts_within(planner, "mone", budget, keep_layers=None, size=1)
 
 

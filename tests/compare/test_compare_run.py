@@ -105,12 +105,27 @@ def test_a_rerun_does_nothing_and_gives_the_same_results(compared, switch, data,
     assert again == results
 
 
-def test_only_what_is_new_is_done(compared, switch, data, tasks):
-    out = compared[1]
+def test_only_what_is_new_is_done_and_added_to_the_results(compared, switch, data, tasks):
+    results, out = compared
     before = {f.name for f in (out / "cells").iterdir()}
-    run(switch, data, tasks, out, methods=(*METHODS, "frequency"), seeds=(0,), resume=True)
+    more = run(switch, data, tasks, out, methods="frequency", seeds=1, recover_steps=0, recovery=RECOVERY, resume=True)
     new = {f.name for f in (out / "cells").iterdir()} - before
     assert [name.split("-3-")[0] for name in new] == ["frequency"]
+    key = lambda cell: (cell["method"], cell["seed"], cell["recover_steps"])
+    assert {key(c) for c in more["cells"]} == {key(c) for c in results["cells"]} | {("frequency", 0, 0)}
+    assert more["settings"]["seeds"] == [0, 1]
+    assert more["calibration"]["sha256"] == results["calibration"]["sha256"]
+
+
+def test_results_of_other_tasks_are_not_mixed_in(switch, data, tasks, tmp_path):
+    out = tmp_path / "out"
+    run(switch, data, tasks, out, methods="m-smoe", seeds=1)
+    results = compare(
+        switch, out, data=data, tasks=tasks / "one.jsonl", methods="reap", experts=3, seeds=1, samples=25, cost=False,
+        resume=True,
+    )  # fmt: skip
+    assert {c["method"] for c in results["cells"]} == {"full", "dense", "reap"}
+    assert {tuple(c["tasks"]) for c in results["cells"]} == {("one",)}
 
 
 def test_two_processes_give_the_same_cells_as_one(switch, data, tasks, tmp_path):
@@ -177,9 +192,10 @@ def test_cost_stands_beside_the_full_model(switch, data, tasks, tmp_path):
         ({"experts": (7,)}, "--experts must be between 1 and 6"),
         ({"experts": (0,)}, "--experts must be at least 1, got 0"),
         ({"recover_steps": (-1,)}, "--recover-steps must not be negative, got -1"),
-        ({"metric": "bleu"}, "unknown metric 'bleu'"),
+        ({"metric": "bleu"}, "--metric is exact_match or loss, not bleu"),
         ({"metric": "exact_match", "explicit_metric": True}, "task one has no labels for exact_match"),
-        ({"methods": ("mone",), "experts": (1,)}, "mone cannot reach the size of 1 experts per layer"),
+        ({"methods": ("mone",), "experts": (1,)}, "mone cannot reach the size of 1 per layer"),
+        ({"methods": ()}, "--methods names no method"),
         ({"keep_layers": ("encoder.block.1.layer.1.mpl",)}, "did you mean 'encoder.block.1.layer.1.mlp'"),
         ({"processes": 0}, "--processes must be at least 1"),
     ],
