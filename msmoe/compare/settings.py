@@ -68,7 +68,7 @@ class Settings:
 
     def describe(self) -> dict:
         """The settings in `results.json`."""
-        return asdict(self)
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
 
 def variant(label: str) -> tuple[str, dict[str, Any]]:

@@ -290,7 +290,7 @@ def test_a_small_task_says_what_it_could_show():
     half_width = float(warning.split("±")[1][:5])
     assert half_width == pytest.approx(0.098, abs=0.015)
     assert "differ by about 0.125" in warning
-    assert "on 20.0% of the examples" in warning
+    assert "answers 20.0% of them unlike the full model" in warning
 
 
 def test_a_task_with_certain_answers_is_small_below_two_hundred_examples():
