@@ -140,7 +140,14 @@ def ablation_table(summaries: Sequence[Summary], steps: int) -> list[str]:
     columns = summaries[0].columns(tasks=False, recover_steps=[steps])
     base = found["m-smoe"].measurements[steps].mean
     published_base = sum(PUBLISHED_ABLATIONS["m-smoe"]) / 4
-    heads = ["change", "experts", *[column.heading for column in columns], "points", "published points (mean of 4)"]
+    heads = [
+        "change",
+        "bytes",
+        "experts",
+        *[column.heading for column in columns],
+        "points",
+        "published points (mean of 4)",
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for change, label in ABLATIONS.items():
         if label not in found or steps not in found[label].measurements:
@@ -150,7 +157,14 @@ def ablation_table(summaries: Sequence[Summary], steps: int) -> list[str]:
         points = "" if mean is None or base is None else f"{100 * (mean.value - base.value):+.2f}"
         theirs = PUBLISHED_ABLATIONS.get(change)
         shown = f"{sum(theirs) / 4 - published_base:+.2f}" if theirs else ""
-        cells = [change, f"{row.average_kept:.3g}", *[row.cell(column).text for column in columns], points, shown]
+        cells = [
+            change,
+            f"{row.num_bytes:,}",
+            f"{row.average_kept:.3g}",
+            *[row.cell(column).text for column in columns],
+            points,
+            shown,
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
