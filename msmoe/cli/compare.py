@@ -67,8 +67,7 @@ def command(
     """Compare methods at the same stored bytes on the same calibration data and tasks, in one table.
 
     \b
-    Example: msmoe compare switch-base-8 --data calibration.jsonl --tasks tasks --methods m-smoe,reap,naee
-             --experts 4,2 --seeds 1 --out comparison
+    Example: msmoe compare switch-base-8 --data calibration.jsonl --tasks tasks --methods m-smoe,reap --out cmp
     DIR gets results.json, and made from it alone: comparison.md, .csv, .tex and figures (PNG, SVG).
     An interrupted run goes on with --resume; --resume with more methods, sizes or seeds does what is new.
     """

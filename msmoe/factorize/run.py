@@ -242,17 +242,28 @@ def expert_maps(family: Family, source: Checkpoint, stats: Stats | None) -> dict
     """
     if stats is None:
         return {}
+    plan = None
     if stats.checkpoint.get("fingerprint") != source.fingerprint:
         before = read_provenance(source).get("source", {}).get("fingerprint")
         if stats.checkpoint.get("fingerprint") != before:
             stats.check_against(source)
+        if source.model_type != family.compressed_model_type and (source.path / "plan.json").exists():
+            plan = Plan.load(source.path / "plan.json")
     maps = {}
     for layer, _ in family.stored_layers(source):
         if source.model_type == family.compressed_model_type:
             maps[layer.name] = source.read(family.expert_map_key(layer.name))
+        elif plan is not None and layer.name in plan.layers and keeps_routing(plan, layer.name):
+            maps[layer.name] = torch.tensor(plan.layers[layer.name].expert_map)
         else:
             maps[layer.name] = torch.arange(layer.num_experts)
     return maps
+
+
+def keeps_routing(plan: Plan, layer: str) -> bool:
+    """Whether every original expert still has a place, so that its tokens go where it went."""
+    layer_plan = plan.layers[layer]
+    return len(layer_plan.routes(plan.parameters).rows) == layer_plan.num_experts
 
 
 def write_experts(
