@@ -24,22 +24,30 @@ Progress = Callable[..., None]  # (done, in all, note)
 def calibrate(
     source: Checkpoint, data: str | Path, settings: Settings, seed: int, out: Path, progress: Progress | None
 ) -> Stats:
-    """The statistics of a seed, with all that any method needs: made once, kept beside the cells."""
+    """The statistics of a seed, with all that any method needs: made once, kept beside the cells.
+
+    Those of an earlier run serve if they hold no less; if they hold less, the new ones hold both.
+    """
     needs = {need for label in settings.methods for need in resolve(*variant(label)).needs}
-    request = {
-        "samples": settings.samples, "token_sample": settings.token_sample, "seed": seed,
-        "fisher": FISHER_RECORDS if "output gradients" in needs else 0, "gradients": "weight gradients" in needs,
-    }  # fmt: skip
+    request = {"samples": settings.samples, "token_sample": settings.token_sample, "seed": seed}
+    extra = {
+        "fisher": FISHER_RECORDS if "output gradients" in needs else 0,
+        "gradients": "weight gradients" in needs,
+    }
     content = Path(data).read_bytes() if Path(data).exists() else str(data).encode()
-    identity = json.dumps([request, source.fingerprint, sha256(content).hexdigest(), versions()["msmoe"]])
+    identity = [request, source.fingerprint, sha256(content).hexdigest(), versions()["msmoe"]]
     folder = out / "stats" / f"seed-{seed}"
     marker = out / "stats" / f"seed-{seed}.json"
-    if marker.exists() and marker.read_text(encoding="utf-8") == identity and folder.exists():
-        return Stats.load(folder)
+    if marker.exists() and folder.exists():
+        same, held = json.loads(marker.read_text(encoding="utf-8"))
+        if same == identity:
+            extra = {name: max(value, held[name]) for name, value in extra.items()}
+            if extra == held:
+                return Stats.load(folder)
     show = None if progress is None else lambda done, total: progress(done, total, f"calibrating, seed {seed}")
-    stats = profile(source.path, data, progress=show, **request)
+    stats = profile(source.path, data, progress=show, **request, **extra)
     stats.save(folder, force=True)
-    write_whole(marker, identity)
+    write_whole(marker, json.dumps([identity, extra]))
     return Stats.load(folder)
 
 

@@ -251,11 +251,13 @@ def collect(
     cells = [json.loads(file.read_text(encoding="utf-8")) for file in done if file.exists()]
     first = planners[settings.seeds[0]]
     described = first.stats.data
-    shown = {task: score["majority_share"] for cell in cells[:1] for task, score in cell["tasks"].items()}
-    numbers = {
-        task: next(iter(score["metrics"].values()))["num_examples"]
-        for cell in cells[:1]
-        for task, score in cell["tasks"].items()
+    scores = cells[0]["tasks"] if cells else {}
+    about = {
+        task: {
+            "num_examples": next(iter(score["metrics"].values()))["num_examples"],
+            "majority_share": score["majority_share"],
+        }
+        for task, score in scores.items()
     }
     return {
         "format": FORMAT,
@@ -276,11 +278,7 @@ def collect(
             for name in [variant(label)[0]]
         },
         "tasks": {
-            t.file.stem: {
-                "metric": t.metric, "num_examples": numbers.get(t.file.stem), "majority_share": shown.get(t.file.stem),
-                "sha256": t.sha256,
-            }
-            for t in tasks
+            t.file.stem: {"metric": t.metric, "sha256": t.sha256, **about.get(t.file.stem, {})} for t in tasks
         },
         "budgets": {f"{n:g}": budget_bytes(first, n, keep_layers=settings.kept) for n in settings.experts},
         "cells": cells,

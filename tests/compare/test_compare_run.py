@@ -14,6 +14,7 @@ import torch
 from tiny import LAYERS, batch_of, random_records, size_of, write_records
 
 from msmoe.apply import apply
+from msmoe.calibration.stats import Stats
 from msmoe.checkpoint.writer import lock_journal
 from msmoe.compare.run import MARKER, compare
 from msmoe.compare.settings import task_files, variant
@@ -115,6 +116,18 @@ def test_only_what_is_new_is_done_and_added_to_the_results(compared, switch, dat
     assert {key(c) for c in more["cells"]} == {key(c) for c in results["cells"]} | {("frequency", 0, 0)}
     assert more["settings"]["seeds"] == [0, 1]
     assert more["calibration"]["sha256"] == results["calibration"]["sha256"]
+
+
+def test_statistics_that_hold_more_than_a_run_needs_are_not_made_again(switch, data, tasks, tmp_path):
+    out = tmp_path / "out"
+    run(switch, data, tasks, out, methods="fisher", seeds=1)
+    made = (out / "stats" / "seed-0" / "stats.json").stat().st_mtime_ns
+    run(switch, data, tasks, out, methods="reap", seeds=1, resume=True)
+    assert (out / "stats" / "seed-0" / "stats.json").stat().st_mtime_ns == made
+    run(switch, data, tasks, out, methods="m-smoe:similarity=gradient", seeds=1, resume=True)
+    both = Stats.load(out / "stats" / "seed-0").layers[LAYERS[1]]
+    assert both.has_output_gradients
+    assert both.gradient_gram is not None
 
 
 def test_results_of_other_tasks_are_not_mixed_in(switch, data, tasks, tmp_path):
