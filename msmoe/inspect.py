@@ -1,7 +1,7 @@
 """What a checkpoint holds, from its headers alone: MoE layers, experts, parameters and bytes per part."""
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from msmoe.checkpoint import Checkpoint
@@ -38,6 +38,23 @@ class Summary:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+    def to_frame(self):
+        """A pandas DataFrame, one row per MoE layer, in forward order.
+
+        Columns:
+            name: module path of the layer.
+            num_experts: rows of the router.
+            num_stored: experts stored, at most `num_experts`; fewer in a compressed checkpoint.
+            d_model, d_ff: width of the model and of an expert, in neurons.
+            num_parameters: parameters of the stored experts, indices not counted.
+            num_bytes: bytes of the stored experts on disk.
+        """
+        import pandas as pd
+
+        columns = [f.name for f in fields(LayerSummary)]
+        frame = pd.DataFrame([asdict(layer) for layer in self.layers], columns=pd.Index(columns))
+        return frame.astype(dict.fromkeys(columns[1:], "int64"))
 
 
 def inspect(checkpoint: str | Path) -> Summary:

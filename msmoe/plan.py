@@ -167,6 +167,29 @@ class Plan:
             check_layer(name, layer)
         return plan
 
+    def to_frame(self):
+        """A pandas DataFrame, one row per (layer, expert), layers in the plan's order.
+
+        Columns:
+            layer: name of the MoE layer.
+            expert: index, 0 to E - 1.
+            group: dominant expert of the expert's group, 0 to E - 1 (Int64, missing for a removed expert).
+            weight: of the expert in its group, 0 to 1; sums to 1 over a group, 0 for a removed expert.
+            is_dominant: whether the expert is the dominant one of its group.
+            removed: whether the plan takes the expert out.
+        """
+        import pandas as pd
+
+        rows = []
+        for name, layer in self.layers.items():
+            places = {m: (g.dominant, w) for g in layer.groups for m, w in zip(g.members, g.weights, strict=True)}
+            for e in range(layer.num_experts):
+                group, weight = places.get(e, (None, 0.0))
+                rows.append((name, e, group, weight, group == e, e in layer.removed))
+        columns = ["layer", "expert", "group", "weight", "is_dominant", "removed"]
+        types = {"expert": "int64", "group": "Int64", "weight": "float64", "is_dominant": "bool", "removed": "bool"}
+        return pd.DataFrame(rows, columns=pd.Index(columns)).astype(types)
+
     def check_against(self, checkpoint: Checkpoint, layers: Sequence[MoELayer]) -> None:
         """Refuse a plan that was made for another checkpoint.
 

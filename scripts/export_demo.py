@@ -64,11 +64,12 @@ def passages(documents: list[str], count: int) -> list[dict]:
 def write_data(data: DemoData) -> None:
     calibration = []
     for task, splits in data.tasks.items():
-        calibration += [{"source": e.source, "target": e.target} for e in splits["train"][:CALIBRATION_TASK_RECORDS]]
+        train = splits["train"][:CALIBRATION_TASK_RECORDS]
+        calibration += [{"source": e.source, "target": e.target, "domain": task} for e in train]
         test = [{"source": e.source, "target": e.target} for e in splits["test"][:TEST_EXAMPLES]]
         write_jsonl(TASKS / f"{task}.jsonl", shorten(test))
-    for splits in data.texts.values():
-        calibration += passages(splits["train"], CALIBRATION_TEXT_RECORDS)
+    for domain, splits in data.texts.items():
+        calibration += [r | {"domain": domain} for r in passages(splits["train"], CALIBRATION_TEXT_RECORDS)]
     write_jsonl(CALIBRATION, shorten(calibration))
     write_jsonl(
         HELD_OUT_TEXT, [r for splits in data.texts.values() for r in passages(splits["test"], HELD_OUT_TEXT_RECORDS)]

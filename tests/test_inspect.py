@@ -125,6 +125,13 @@ def test_the_summary_is_json(exact):
     assert [layer["num_stored"] for layer in content["layers"]] == [layer.num_stored for layer in summary.layers]
 
 
+def test_the_data_frame_has_a_row_per_layer(exact):
+    summary = inspect(exact)
+    frame = summary.to_frame()
+    assert frame.to_dict("records") == list(summary.to_dict()["layers"])
+    assert frame.name.tolist() == list(LAYERS)
+
+
 def test_an_unknown_architecture_is_refused_by_name(copied):
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(config | {"model_type": "mixtral"}))

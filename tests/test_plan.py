@@ -141,6 +141,25 @@ def test_a_missing_plan_file_is_named(tmp_path):
         Plan.load(tmp_path / "gone.json")
 
 
+def test_the_data_frame_names_the_group_of_every_expert(switch):
+    groups = Group(3, (0, 3), (0.25, 0.75)), Group(1, (1,), (1.0,))
+    frame = plan_for(Checkpoint(switch), {LAYER: LayerPlan(5, groups, removed=(2, 4))}).to_frame()
+    assert frame.layer.tolist() == [LAYER] * 5
+    assert frame.expert.tolist() == [0, 1, 2, 3, 4]
+    assert frame.group.dtype == "Int64"
+    assert frame.group.isna().tolist() == [False, False, True, False, True]
+    assert frame.group.dropna().tolist() == [3, 1, 3]
+    assert frame.weight.tolist() == [0.25, 1.0, 0.0, 0.75, 0.0]
+    assert frame.is_dominant.tolist() == [False, True, False, True, False]
+    assert frame.removed.tolist() == [False, False, True, False, True]
+
+
+def test_the_data_frame_of_a_plan_without_layers_has_columns_and_no_row(switch):
+    frame = plan_for(Checkpoint(switch), {}).to_frame()
+    assert list(frame.columns) == ["layer", "expert", "group", "weight", "is_dominant", "removed"]
+    assert len(frame) == 0
+
+
 def check(plan: Plan, folder) -> None:
     checkpoint = Checkpoint(folder)
     plan.check_against(checkpoint, family_of(checkpoint).layers(checkpoint))

@@ -1,15 +1,25 @@
 """Run a model over calibration data with hooks on its routers: checkpoint + data -> stats."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from msmoe.calibration.batches import batch_indices, collate, record_key
+from msmoe.calibration.batches import IGNORE, batch_indices, collate, record_key
 from msmoe.calibration.output_gradients import output_gradients
 from msmoe.calibration.recorder import Recorder
-from msmoe.calibration.records import TokenRecord, choose_records, digest_records, read_records, tokenize
+from msmoe.calibration.records import (
+    Data,
+    Record,
+    TokenRecord,
+    choose_records,
+    data_paths,
+    digest_records,
+    join_paths,
+    read_calibration,
+    tokenize,
+)
 from msmoe.calibration.stats import Stats, with_gradients, with_output_gradient
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
@@ -21,7 +31,7 @@ Progress = Callable[[int, int], None]  # (records done, records in all)
 
 def profile(
     checkpoint: str | Path,
-    data: str | Path,
+    data: Data,
     *,
     samples: int = 256,
     batch_size: int = 16,
@@ -41,8 +51,10 @@ def profile(
 
     Args:
         checkpoint: checkpoint folder, original or compressed.
-        data: JSON Lines file (see the README), or the name of a `datasets` data set.
-        samples: records used, a seeded choice if the file has more.
+        data: JSON Lines file (see the README), or the name of a `datasets` data set; or several of them, read as one
+            in the order given. Records with a `domain`, and those of several files, are also counted per domain
+            (see `read_calibration`).
+        samples: records used, a seeded choice if there are more in all.
         batch_size: records per forward pass.
         token_sample: tokens kept per layer for everything that depends on expert outputs.
         gradients: also record what the `gradient` similarities need: one backward pass, and memory for the
@@ -69,24 +81,23 @@ def profile(
             f"samples, batch size and token sample must be at least 1, got {samples}, {batch_size}, {token_sample}"
         )
     check_device(device)
-    records, digest = load_records(
-        source,
-        data,
-        samples=samples,
-        seed=seed,
-        max_source_length=max_source_length,
-        max_target_length=max_target_length,
+    paths = data_paths(data)
+    raw = choose_records(read_calibration(paths), samples, seed=seed)
+    records = token_records(
+        source, raw, seed=seed, max_source_length=max_source_length, max_target_length=max_target_length
     )
+    domains = sorted({record.domain for record in raw} - {""})
+    domain = torch.tensor([domains.index(record.domain) if domains else 0 for record in raw])
     pad_id = source.config.get("pad_token_id") or 0
     model = family.load_model(source.path, dtype=torch.float32)
     check_finite(source, model)
     model.to(device)
     keys = torch.tensor([record_key(r) for r in records])
-    recorder = Recorder(family, model, sample_size=token_sample, seed=seed)
+    recorder = Recorder(family, model, sample_size=token_sample, seed=seed, domains=domains)
     done = 0
     with torch.inference_mode(), recorder.attached():
         for chosen in batch_indices(records, batch_size):
-            recorder.records = keys[chosen]
+            recorder.records, recorder.domain = keys[chosen], domain[chosen]
             batch = {name: t.to(device) for name, t in collate([records[i] for i in chosen], pad_id=pad_id).items()}
             for recorder.valid in family.forward(model, batch):
                 pass
@@ -104,15 +115,22 @@ def profile(
         ]
         for name, grams in gradient_grams(family, source, model, batches, device=device).items():
             layers[name] = with_gradients(layers[name], *grams)
-    num_tokens = sum(len(r.input_ids) + sum(label != -100 for label in r.labels) for r in records)
+    per_domain = {name: [t for t, row in zip(records, raw, strict=True) if row.domain == name] for name in domains}
     return Stats(
         layers,
         data={
-            "source": str(data), "num_records": len(records), "num_tokens": num_tokens, "sha256": digest, "seed": seed,
+            "source": join_paths(paths), **count(records), "sha256": digest_records(raw), "seed": seed,
             "max_source_length": max_source_length, "max_target_length": max_target_length,
+            **({"domains": {name: count(part) for name, part in per_domain.items()}} if domains else {}),
         },
         checkpoint={"model_type": source.model_type, "fingerprint": source.fingerprint},
     )  # fmt: skip
+
+
+def count(records: Sequence[TokenRecord]) -> dict[str, int]:
+    """Number of records, and of the tokens on both sides of them."""
+    num_tokens = sum(len(r.input_ids) + sum(label != IGNORE for label in r.labels) for r in records)
+    return {"num_records": len(records), "num_tokens": num_tokens}
 
 
 def check_device(device: str) -> None:
@@ -125,7 +143,7 @@ def check_device(device: str) -> None:
 
 def load_records(
     checkpoint: Checkpoint,
-    data: str | Path,
+    data: Data,
     *,
     samples: int,
     seed: int,
@@ -137,9 +155,23 @@ def load_records(
     Raises:
         DataError: for data that cannot be used.
     """
-    chosen = choose_records(read_records(data), samples, seed=seed)
-    tokenized = tokenize(
-        chosen,
+    chosen = choose_records(read_calibration(data), samples, seed=seed)
+    tokenized = token_records(
+        checkpoint, chosen, seed=seed, max_source_length=max_source_length, max_target_length=max_target_length
+    )
+    return tokenized, digest_records(chosen)
+
+
+def token_records(
+    checkpoint: Checkpoint, records: Sequence[Record], *, seed: int, max_source_length: int, max_target_length: int
+) -> list[TokenRecord]:
+    """Tokenise records as the checkpoint reads them.
+
+    Raises:
+        DataError: for a record that cannot be used.
+    """
+    return tokenize(
+        records,
         load_tokenizer(checkpoint.path),
         pad_id=checkpoint.config.get("pad_token_id") or 0,
         vocab_size=checkpoint.config.get("vocab_size"),
@@ -147,7 +179,6 @@ def load_records(
         max_target_length=max_target_length,
         seed=seed,
     )
-    return tokenized, digest_records(chosen)
 
 
 def check_finite(checkpoint: Checkpoint, model: nn.Module) -> None:

@@ -2,11 +2,11 @@
 
 No expert runs a second time: what an expert gave is the layer's output over the gate value.
 
-Shapes: B batch, S sequence, T valid tokens, E experts, D d_model.
+Shapes: B batch, S sequence, T valid tokens, E experts, D d_model, K domains.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,16 +21,17 @@ from msmoe.families import Family, Routing
 class LayerRecorder:
     """Running sums of one layer; float64, so that the order of the batches does not show."""
 
-    def __init__(self, *, sample_size: int, seed: int):
+    def __init__(self, *, sample_size: int, seed: int, domains: Sequence[str] = ()):
         self.sample_size = sample_size
         self.seed = seed
+        self.domains = domains
         self.sums: dict[str, Tensor] = {}
         self.num_experts = 0
         self._parts: list[TokenSample] = []
         self._sequence_counts: list[Tensor] = []
         self._buffered = 0
 
-    def update(self, routing: Routing, outputs: Tensor, valid: Tensor, records: Tensor) -> None:
+    def update(self, routing: Routing, outputs: Tensor, valid: Tensor, records: Tensor, domain: Tensor) -> None:
         """Add a batch.
 
         Args:
@@ -38,6 +39,7 @@ class LayerRecorder:
             outputs: (B, S, D) what the layer gave, gate included.
             valid: (B, S) bool; padding is False.
             records: (B,) int64 identities of the records.
+            domain: (B,) int64 positions of their domains; read only where there are domains.
         """
         where = valid.cpu().nonzero()
         logits_TE = routing.logits[valid].double().cpu()
@@ -62,6 +64,9 @@ class LayerRecorder:
         counts_BE = torch.zeros(len(records), self.num_experts, dtype=torch.int32)
         counts_BE.index_put_((where[:, 0], expert), torch.ones(len(expert), dtype=torch.int32), accumulate=True)
         self._sequence_counts.append(counts_BE)
+        if self.domains:
+            counts_KE = torch.zeros(len(self.domains), self.num_experts, dtype=torch.int64)
+            self._add("domain_routed", counts_KE.index_add_(0, domain, counts_BE.long()))
 
         record, position = records[where[:, 0]], where[:, 1]
         key = torch.from_numpy(token_keys(record.numpy(), position.numpy(), seed=self.seed))
@@ -100,9 +105,14 @@ class LayerRecorder:
     def stats(self) -> LayerStats:
         """The sums so far; at least one batch must have been added."""
         counts = {name: self.sums[name].round().long() for name in ("routed", "dispatched")}
-        sequences = sort_rows(torch.cat(self._sequence_counts))
+        sums = self.sums | counts
+        domain_routed = sums.pop("domain_routed", ())
         return LayerStats(
-            **(self.sums | counts), sequence_counts=sequences, sample=self._draw(), sample_size=self.sample_size
+            **sums,
+            sequence_counts=sort_rows(torch.cat(self._sequence_counts)),
+            sample=self._draw(),
+            sample_size=self.sample_size,
+            domain_routed=dict(zip(self.domains, domain_routed, strict=True)),
         )
 
 
@@ -110,16 +120,23 @@ class Recorder:
     """Recorders of all layers of a model, fed by forward hooks between `attached()` and its end.
 
     A layer's router runs before the layer returns: what the router did waits for what the layer gives.
+
+    Attributes:
+        valid: (B, S) bool of the sequence that is running; records: (B,) identities of the batch's records;
+            domain: (B,) positions of their domains among `domains`. Set by whoever runs the model.
     """
 
-    def __init__(self, family: Family, model: nn.Module, *, sample_size: int, seed: int):
+    def __init__(self, family: Family, model: nn.Module, *, sample_size: int, seed: int, domains: Sequence[str] = ()):
         self.family = family
         self.routers = family.routers(model)
         self.modules = {name: model.get_submodule(name) for name in self.routers}
         self.routings: dict[str, Routing] = {}
-        self.layers = {name: LayerRecorder(sample_size=sample_size, seed=seed) for name in self.routers}
+        self.layers = {
+            name: LayerRecorder(sample_size=sample_size, seed=seed, domains=domains) for name in self.routers
+        }
         self.valid = torch.empty(0)
         self.records = torch.empty(0, dtype=torch.int64)
+        self.domain = torch.empty(0, dtype=torch.int64)
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -141,6 +158,6 @@ class Recorder:
     def _layer_hook(self, name: str):
         def hook(module: nn.Module, inputs: tuple, outputs: Any) -> None:
             given = self.family.layer_output(outputs)
-            self.layers[name].update(self.routings.pop(name), given, self.valid, self.records)
+            self.layers[name].update(self.routings.pop(name), given, self.valid, self.records, self.domain)
 
         return hook

@@ -13,6 +13,10 @@ from msmoe.errors import UserError
 RECORD_SHAPES = ({"source", "target"}, {"text"}, {"input_ids", "labels"})
 NOISE_DENSITY = 0.15
 MEAN_SPAN_LENGTH = 3.0
+MAX_DOMAINS = 256
+OTHER = "other"  # domain of the records without one, where others have one
+
+Data = str | Path | Sequence[str | Path]  # one file or data set, or several
 
 
 class DataError(UserError):
@@ -20,9 +24,10 @@ class DataError(UserError):
 
 
 class Record(dict):
-    """One record as read, and where it stands."""
+    """One record as read, and where it stands; `domain` is set by `read_calibration`, "" for none."""
 
     place: str
+    domain: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,64 @@ def read_records(path: str | Path) -> list[Record]:
     if not records:
         raise DataError(f"{path} holds no records")
     return records
+
+
+def read_calibration(data: Data) -> list[Record]:
+    """Read the records of one or several files, in the order given, and name the domain of each.
+
+    A record's domain is its `domain` field. Without one, or with an empty one, it is the stem of its file if several
+    files are given (`a/train`, `b/train` where two of them have the same stem). What is left has no domain if no record
+    has one, and is of the domain `other` otherwise.
+
+    Raises:
+        DataError: if a file cannot be used, a domain is no string, or there are more than 256 of them.
+    """
+    paths = data_paths(data)
+    records = []
+    for path, name in zip(paths, file_domains(paths), strict=True):
+        for record in read_records(path):
+            domain = record.get("domain")
+            domain = "" if domain is None else domain
+            if not isinstance(domain, str):
+                raise DataError(f"{record.place}: domain must be a string, got {type(domain).__name__}")
+            record.domain = domain or name
+            records.append(record)
+    if any(record.domain for record in records):
+        for record in records:
+            record.domain = record.domain or OTHER
+    num_domains = len({record.domain for record in records})
+    if num_domains > MAX_DOMAINS:
+        raise DataError(
+            f"{join_paths(paths)}: {num_domains} different domains, at most {MAX_DOMAINS} are allowed; was something "
+            "else, such as a URL, taken for a domain?"
+        )
+    return records
+
+
+def data_paths(data: Data) -> list[str | Path]:
+    """The files of a data argument, in the order given.
+
+    Raises:
+        DataError: if there is none.
+    """
+    paths = [data] if isinstance(data, str | Path) else list(data)
+    if not paths:
+        raise DataError("no calibration data: expected at least one file or data set")
+    return paths
+
+
+def join_paths(paths: Sequence[str | Path]) -> str:
+    return " + ".join(map(str, paths))
+
+
+def file_domains(paths: Sequence[str | Path]) -> list[str]:
+    """What records without a domain of their own go by: "" if there is one file only."""
+    if len(paths) == 1:
+        return [""]
+    stems = [Path(path).stem for path in paths]
+    if len(set(stems)) == len({str(path) for path in paths}):
+        return stems
+    return [str(path).removesuffix(Path(path).suffix) for path in paths]
 
 
 def read_dataset(name: str) -> list[Record]:
@@ -227,5 +290,6 @@ def digest_records(records: Iterable[dict]) -> str:
     """SHA-256 over the records, whatever their formatting in the file."""
     digest = sha256()
     for record in records:
-        digest.update(json.dumps(record, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+        content = json.dumps(record, sort_keys=True, ensure_ascii=False)
+        digest.update(content.encode(errors="surrogatepass") + b"\n")  # JSON may hold half a surrogate pair
     return digest.hexdigest()

@@ -7,8 +7,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from msmoe.calibration.records import OTHER
 from msmoe.calibration.sample import TokenSample
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
@@ -29,6 +30,7 @@ OUTPUT_SUMS = ("output_norm_sum", "gated_norm_sum", "output_square_sum", "output
 STORED = (*SUMS, "sequence_counts")
 OPTIONAL = (*OUTPUT_SUMS, "gradient_gram", "weight_gradient_gram")
 SAMPLE_FIELDS = tuple(f.name for f in fields(TokenSample))
+DOMAINS = "domain_routed"  # (domains, E), in the order of their names in stats.json
 GRADIENT = "output_gradient"  # of the sample; statistics without it are older or had no use for it
 
 
@@ -50,6 +52,8 @@ class LayerStats:
             statistics that were made before these were recorded.
         gradient_gram, weight_gradient_gram: (E, E) float64 inner products of the experts' loss gradients, and of
             gradient times weight; only where asked for.
+        domain_routed: domain -> (E,) int64 routed tokens of its records, names ascending; they sum to `routed`. Empty
+            for data without domains.
     """
 
     routed: Tensor
@@ -69,6 +73,7 @@ class LayerStats:
     output_sum: Tensor | None = None
     gradient_gram: Tensor | None = None
     weight_gradient_gram: Tensor | None = None
+    domain_routed: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:
@@ -85,9 +90,7 @@ class LayerStats:
     @property
     def usage_frequency(self) -> Tensor:
         """(E,) float64, sums to 1; uniform for a layer that saw no token."""
-        if self.num_tokens == 0:
-            return torch.full((self.num_experts,), 1 / self.num_experts, dtype=torch.float64)
-        return self.routed.double() / self.num_tokens
+        return frequency(self.routed)
 
     @property
     def has_output_gradients(self) -> bool:
@@ -110,7 +113,21 @@ class LayerStats:
             names += OUTPUT_SUMS
         sums = {name: getattr(self, name) + getattr(other, name) for name in names}
         sequences = sort_rows(torch.cat([self.sequence_counts, other.sequence_counts]))
-        return LayerStats(**sums, sequence_counts=sequences, sample=sample, sample_size=size)
+        return LayerStats(
+            **sums,
+            sequence_counts=sequences,
+            sample=sample,
+            sample_size=size,
+            domain_routed=self._added_domains(other),
+        )
+
+    def _added_domains(self, other: "LayerStats") -> dict[str, Tensor]:
+        """Routed tokens per domain of both sides together; a side without domains counts as the domain `other`."""
+        if not self.domain_routed and not other.domain_routed:
+            return {}
+        sides = [side.domain_routed or {OTHER: side.routed} for side in (self, other)]
+        names = sorted({*sides[0], *sides[1]})
+        return {name: torch.stack([side[name] for side in sides if name in side]).sum(0) for name in names}
 
     def drop_rate(self, expert_map: Tensor, capacity: int) -> float:
         """Share of routed tokens over capacity if each group of experts had `capacity` places per sequence.
@@ -129,7 +146,8 @@ class Stats:
 
     Attributes:
         layers: MoE layer name -> its sums, in forward order.
-        data: source, num_records, num_tokens and sha256 of the calibration data.
+        data: source, num_records, num_tokens and sha256 of the calibration data; `domains`, where there are any:
+            name -> num_records and num_tokens, names ascending.
         checkpoint: model_type and fingerprint of the checkpoint.
     """
 
@@ -138,7 +156,9 @@ class Stats:
     checkpoint: dict[str, str]
 
     def __add__(self, other: "Stats") -> "Stats":
-        """Statistics of both data sets together.
+        """Statistics of both data sets together; domains add up by name.
+
+        If only one side has domains, the other side's tokens count as the domain `other`.
 
         Raises:
             UserError: if they come from different checkpoints.
@@ -150,6 +170,7 @@ class Stats:
             "num_records": self.data["num_records"] + other.data["num_records"],
             "num_tokens": self.data["num_tokens"] + other.data["num_tokens"],
             "sha256": sha256("".join(sorted([self.data["sha256"], other.data["sha256"]])).encode()).hexdigest(),
+            **_added_domains(self.data, other.data),
         }
         return Stats({name: layer + other.layers[name] for name, layer in self.layers.items()}, data, self.checkpoint)
 
@@ -179,8 +200,12 @@ class Stats:
     def digest(self) -> str:
         """SHA-256 over the sums and the identity of the sampled tokens."""
         digest = sha256(json.dumps(self.describe() | {"data": self.data["sha256"]}).encode())
+        if domains := self.data.get("domains"):
+            digest.update(json.dumps(domains).encode())
         for layer in self.layers.values():
             digest.update(layer.router_logits_gram.numpy().tobytes())
+            for counts in layer.domain_routed.values():
+                digest.update(counts.numpy().tobytes())
             sample = layer.tokens()
             digest.update(sample.key.numpy().tobytes())
             if sample.output_gradient.shape[1]:
@@ -201,6 +226,8 @@ class Stats:
             for key in (*STORED, *OPTIONAL):
                 if (value := getattr(layer, key)) is not None:
                     tensors[f"{name}/{key}"] = value.contiguous()
+            if layer.domain_routed:
+                tensors[f"{name}/{DOMAINS}"] = torch.stack(list(layer.domain_routed.values()))
             sample = layer.tokens()
             for key in SAMPLE_FIELDS:
                 tensors[f"{name}/sample/{key}"] = getattr(sample, key).contiguous()
@@ -232,7 +259,8 @@ class Stats:
             if content.get("format") != FORMAT:
                 raise UserError(f"{path} is not a statistics directory of format {FORMAT}")
             file = path / "stats.safetensors"
-            layers = {name: _load_layer(file, name, entry) for name, entry in content["layers"].items()}
+            domains = list(content["data"].get("domains", {}))
+            layers = {name: _load_layer(file, name, entry, domains) for name, entry in content["layers"].items()}
             return cls(layers, content["data"], content["checkpoint"])
         except OSError as error:
             raise UserError(f"{path} is not a statistics directory: {error}") from error
@@ -242,7 +270,18 @@ class Stats:
             raise UserError(f"{path} holds damaged statistics: {error}") from error
 
     def to_frame(self):
-        """A pandas DataFrame, one row per (layer, expert): the counts, usage_frequency, gate_mass, soft_mass."""
+        """A pandas DataFrame, one row per (layer, expert), layers in forward order.
+
+        Columns:
+            layer: name of the MoE layer.
+            expert: index, 0 to E - 1.
+            routed: tokens whose largest router logit is this expert's.
+            dispatched: tokens that the expert took within its capacity, 0 to `routed`.
+            dropped: tokens over its capacity, `routed` - `dispatched`.
+            usage_frequency: share of the layer's routed tokens, 0 to 1; sums to 1 over a layer, uniform if it saw none.
+            gate_mass: sum of the gate values of the routed tokens, 0 to `routed`.
+            soft_mass: sum of the router's probabilities over all tokens of the layer, 0 to their number.
+        """
         import pandas as pd
 
         return pd.concat(
@@ -252,6 +291,7 @@ class Stats:
                     "expert": range(layer.num_experts),
                     "routed": layer.routed.numpy(),
                     "dispatched": layer.dispatched.numpy(),
+                    "dropped": (layer.routed - layer.dispatched).numpy(),
                     "usage_frequency": layer.usage_frequency.numpy(),
                     "gate_mass": layer.gate_mass.numpy(),
                     "soft_mass": layer.soft_mass.numpy(),
@@ -260,8 +300,54 @@ class Stats:
             for name, layer in self.layers.items()
         ).reset_index(drop=True)
 
+    def domain_frame(self):
+        """A pandas DataFrame, one row per (domain, layer, expert); no row for data without domains.
 
-def _load_layer(file: Path, name: str, entry: dict) -> LayerStats:
+        Columns:
+            domain: name, ascending.
+            layer: name of the MoE layer, in forward order.
+            expert: index, 0 to E - 1.
+            routed: tokens of the domain whose largest router logit is this expert's; summed over domains, the `routed`
+                of `to_frame`.
+            usage_frequency: share of the domain's routed tokens in the layer, 0 to 1; sums to 1 over a domain and
+                layer, uniform if it has no token there.
+        """
+        import pandas as pd
+
+        columns = ["domain", "layer", "expert", "routed", "usage_frequency"]
+        rows = [
+            (domain, name, expert, *values)
+            for domain in self.data.get("domains", {})
+            for name, layer in self.layers.items()
+            for expert, values in enumerate(_counts_and_shares(layer.domain_routed[domain]))
+        ]
+        frame = pd.DataFrame(rows, columns=pd.Index(columns))
+        return frame.astype({"expert": "int64", "routed": "int64", "usage_frequency": "float64"})
+
+
+def frequency(counts: Tensor) -> Tensor:
+    """Share of each count (E,) in their sum, float64; uniform if all are zero."""
+    total = int(counts.sum())
+    if total == 0:
+        return torch.full((len(counts),), 1 / len(counts), dtype=torch.float64)
+    return counts.double() / total
+
+
+def _counts_and_shares(counts: Tensor) -> list[tuple[int, float]]:
+    return list(zip(counts.tolist(), frequency(counts).tolist(), strict=True))
+
+
+def _added_domains(a: dict, b: dict) -> dict[str, dict]:
+    """The `domains` of two descriptions of data together; one without any counts as the domain `other`."""
+    if not a.get("domains") and not b.get("domains"):
+        return {}
+    keys = ("num_records", "num_tokens")
+    sides = [side.get("domains") or {OTHER: {key: side[key] for key in keys}} for side in (a, b)]
+    names = sorted({*sides[0], *sides[1]})
+    return {"domains": {name: {key: sum(s[name][key] for s in sides if name in s) for key in keys} for name in names}}
+
+
+def _load_layer(file: Path, name: str, entry: dict, domains: Sequence[str]) -> LayerStats:
     def read_sample() -> TokenSample:
         with safe_open(file, "pt") as tensors:
             stored = {key: tensors.get_tensor(f"{name}/sample/{key}") for key in SAMPLE_FIELDS if key != GRADIENT}
@@ -273,6 +359,7 @@ def _load_layer(file: Path, name: str, entry: dict) -> LayerStats:
         stored = {key: tensors.get_tensor(f"{name}/{key}") for key in STORED}
         names = set(tensors.keys())
         optional = {key: tensors.get_tensor(f"{name}/{key}") for key in OPTIONAL if f"{name}/{key}" in names}
+        domain_routed = tensors.get_tensor(f"{name}/{DOMAINS}") if domains else ()
     return LayerStats(
         routed=torch.tensor(entry["routed"]),
         dispatched=torch.tensor(entry["dispatched"]),
@@ -281,6 +368,7 @@ def _load_layer(file: Path, name: str, entry: dict) -> LayerStats:
         **optional,
         sample=read_sample,
         sample_size=int(entry["sample_size"]),
+        domain_routed=dict(zip(domains, domain_routed, strict=True)),
     )
 
 

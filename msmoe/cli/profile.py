@@ -18,13 +18,15 @@ from msmoe.cli.options import (
 
 @click.command("profile")
 @checkpoint_argument
-@click.option("--data", required=True, help="Calibration data: a JSON Lines file, or a datasets name.")
+@click.option(
+    "--data", required=True, multiple=True, help="Calibration data: a JSON Lines file, or a datasets name (repeatable)."
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Statistics directory to write.")
 @add_options(PROFILE_OPTIONS)
 @seed_option
 @force_option
 @json_option
-def command(checkpoint: Path, data: str, out: Path, force: bool, as_json: bool, **options) -> None:
+def command(checkpoint: Path, data: tuple[str, ...], out: Path, force: bool, as_json: bool, **options) -> None:
     """Record how often the router activates each expert on calibration data, and all that planning needs.
 
     \b
@@ -32,6 +34,8 @@ def command(checkpoint: Path, data: str, out: Path, force: bool, as_json: bool, 
       {"source": "...", "target": "..."}     text to text
       {"text": "..."}                        span corruption
       {"input_ids": [...], "labels": [...]}  tokenised already
+    With "domain": "..." in the records, or several files, usage is also counted per
+    domain; a record without one goes by the name of its file.
     Example: msmoe profile switch-base-8 --data calibration.jsonl --out stats
     """
     from msmoe.calibration.profile import profile

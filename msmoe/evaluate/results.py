@@ -57,6 +57,36 @@ class TaskResult:
         }
 
 
+def results_frame(results: Sequence[TaskResult]):
+    """A pandas DataFrame, one row per (checkpoint, task, metric), in the order of the results.
+
+    Columns:
+        checkpoint, task, metric: names.
+        value: of the metric; exact_match, accuracy and macro_f1 from 0 to 1, loss in nats per target token, from 0.
+        low, high: ends of its 95 % confidence interval, in the unit of `value`.
+        num_examples: examples that the metric was measured on.
+        majority_share: share of the most frequent target, 0 to 1; missing for tasks without a small set of labels.
+        num_parameters: parameters of the model.
+        num_bytes: bytes of its weights on disk (Int64, missing for a model in memory).
+        flops_per_token: of one forward pass, multiply-adds counted twice; missing if not counted.
+        seconds: time of the evaluation of all metrics of the task.
+        peak_memory: bytes resident at most in the process so far.
+    """
+    import pandas as pd
+
+    shared = ("majority_share", "num_parameters", "num_bytes", "flops_per_token", "seconds", "peak_memory")
+    columns = ["checkpoint", "task", "metric", "value", "low", "high", "num_examples", *shared]
+    rows = [
+        (r.checkpoint, r.task, metric, e.value, e.low, e.high, e.num_examples, *(getattr(r, name) for name in shared))
+        for r in results
+        for metric, e in r.metrics.items()
+    ]
+    frame = pd.DataFrame(rows, columns=pd.Index(columns))
+    numbers = ("value", "low", "high", "majority_share", "flops_per_token", "seconds")
+    counts = ("num_examples", "num_parameters", "peak_memory")
+    return frame.astype(dict.fromkeys(numbers, "float64") | dict.fromkeys(counts, "int64") | {"num_bytes": "Int64"})
+
+
 def save_results(results: Sequence[TaskResult], path: str | Path, *, force: bool = False) -> None:
     """Write `results.json`.
 

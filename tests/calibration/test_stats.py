@@ -109,7 +109,7 @@ def test_saved_statistics_load_to_the_same_values(stats, tmp_path):
         for field in dataclasses.fields(LayerStats):
             ours, theirs = getattr(layer, field.name), getattr(loaded.layers[name], field.name)
             assert (
-                field.name == "sample"
+                field.name in ("sample", "domain_routed")
                 or ours is theirs
                 or bool((torch.as_tensor(ours) == torch.as_tensor(theirs)).all())
             )
@@ -137,7 +137,15 @@ def test_the_data_frame_has_the_recorded_counts(stats):
     for name, layer in stats.layers.items():
         rows = frame[frame.layer == name].sort_values("expert")
         assert rows.routed.tolist() == layer.routed.tolist()
+        assert rows.dispatched.tolist() == layer.dispatched.tolist()
         assert rows.gate_mass.tolist() == layer.gate_mass.tolist()
+
+
+def test_the_data_frame_counts_dropped_tokens_per_expert():
+    layer = hand_made(routed=[6, 0, 2], dispatched=[4, 0, 1], sequence_counts=[[6, 0, 2]])
+    frame = Stats({"l": layer}, {}, {}).to_frame()
+    assert frame.dropped.tolist() == [2, 0, 1]  # 6 - 4, 0 - 0, 2 - 1
+    assert list(frame.columns[2:5]) == ["routed", "dispatched", "dropped"]
 
 
 def test_existing_statistics_are_not_overwritten_without_force(stats, tmp_path):

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, SwitchTransformersForConditionalGenerati
 
 from msmoe.demo import CHECKPOINT, HELD_OUT_TEXT, TASKS
 from msmoe.errors import UserError
-from msmoe.evaluate.results import save_results
+from msmoe.evaluate.results import results_frame, save_results
 from msmoe.evaluate.run import METRICS, evaluate
 
 NUM_EXAMPLES = 24
@@ -211,6 +211,28 @@ def test_results_json_holds_every_number_with_its_interval(result, tmp_path):
             "value": estimate.value, "ci95": [estimate.low, estimate.high], "num_examples": NUM_EXAMPLES
         }  # fmt: skip
     assert (first["bytes"], first["num_parameters"]) == (result.num_bytes, result.num_parameters)
+
+
+def test_the_data_frame_has_a_row_per_task_and_metric(result):
+    in_memory = replace(result, task="other", num_bytes=None, majority_share=None)
+    frame = results_frame([result, in_memory])
+    assert list(zip(frame.task, frame.metric, strict=True)) == [
+        (task, metric) for task in (result.task, "other") for metric in result.metrics
+    ]
+    for row, estimate in zip(frame.itertuples(), list(result.metrics.values()) * 2, strict=True):
+        assert (row.value, row.low, row.high) == (estimate.value, estimate.low, estimate.high)
+        assert row.num_examples == NUM_EXAMPLES
+        assert (row.num_parameters, row.peak_memory) == (result.num_parameters, result.peak_memory)
+    missing = frame.task == "other"
+    assert frame.num_bytes.isna().tolist() == missing.tolist()
+    assert frame.majority_share.isna().tolist() == missing.tolist()
+    assert set(frame.num_bytes.dropna()) == {result.num_bytes}
+
+
+def test_the_data_frame_of_no_result_has_columns_and_no_row():
+    frame = results_frame([])
+    assert list(frame.columns[:3]) == ["checkpoint", "task", "metric"]
+    assert len(frame) == 0
 
 
 def test_existing_results_are_not_overwritten(result, tmp_path):
