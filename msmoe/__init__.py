@@ -9,6 +9,7 @@
     scores = msmoe.evaluate(model, "task.jsonl")
     results = msmoe.compare("switch-dir", "comparison", data="calibration.jsonl", tasks=["tasks"],
                             methods=["m-smoe", "reap"], experts=[4, 2])
+    msmoe.report("switch-dir", stats, plan, "out-dir")  # a notebook shows it; .save("report.html")
 
 Importing the package lets transformers' Auto classes open compressed checkpoints.
 """
@@ -28,6 +29,7 @@ from msmoe.plan import Plan
 from msmoe.planning import plan
 from msmoe.recover.run import RecoverReport, recover
 from msmoe.registration import is_command, register
+from msmoe.reporting import report
 
 if not is_command():
     register()
@@ -51,5 +53,6 @@ __all__ = [
     "plan",
     "profile",
     "recover",
+    "report",
     "save_results",
 ]

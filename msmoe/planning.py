@@ -120,15 +120,11 @@ class Planner:
             UserError: as `plan`, and for factors whose sizes follow from the merged weights.
         """
         request = self._request(method, keep_layers, seed, choices)
-        sketches = {}
-        for name, count in request.counts.items():
-            num_experts = self.stats.layers[name].num_experts
-            alone, rest = range(1, count), (0, *range(count, num_experts))
-            one_hot = (1.0, *[0.0] * (len(rest) - 1))
-            removes = request.parameters.others in REROUTING
-            first = Group(0, (0,), (1.0,)) if removes else Group(0, rest, one_hot)
-            groups = (first, *(Group(e, (e,), (1.0,)) for e in alone))
-            sketches[name] = LayerPlan(num_experts, groups, tuple(rest[1:]) if removes else ())
+        removes = request.parameters.others in REROUTING
+        sketches = {
+            name: sketch(self.stats.layers[name].num_experts, count, removes=removes)
+            for name, count in request.counts.items()
+        }
         predicted = predict(self.family, self.source, self._plan(request, sketches, {}), export=export).predicted
         if not predicted:
             raise UserError(f"the size of method {method} is known only once the merged experts are decomposed: "
@@ -238,6 +234,37 @@ def predict(family: Family, checkpoint: Checkpoint, plan: Plan, *, export: str) 
         factors = fixed_shapes(options, layers) if export == "exact" else None
     layout = build_export(export, family, checkpoint, plan, factors=factors)
     return replace(plan, predicted={"num_parameters": layout.num_parameters, "bytes": layout.num_bytes})
+
+
+def sketch(num_experts: int, count: int, *, removes: bool) -> LayerPlan:
+    """Some plan of a layer that keeps `count` experts, removing or merging the others: for its size only."""
+    alone, rest = range(1, count), (0, *range(count, num_experts))
+    one_hot = (1.0, *[0.0] * (len(rest) - 1))
+    first = Group(0, (0,), (1.0,)) if removes else Group(0, rest, one_hot)
+    groups = (first, *(Group(e, (e,), (1.0,)) for e in alone))
+    return LayerPlan(num_experts, groups, tuple(rest[1:]) if removes else ())
+
+
+def merged_size(checkpoint: Checkpoint, share: float, *, keep_layers: list[str] | None = None) -> dict[str, int]:
+    """What a checkpoint would store with a share of the experts of each compressible layer, merged.
+
+    Args:
+        share: 0 to 1; a layer keeps at least one expert.
+        keep_layers: as `plan`.
+
+    Returns:
+        `num_parameters` and `bytes` of the `exact` export.
+    """
+    family = family_of(checkpoint)
+    layers = family.layers(checkpoint)
+    kept = resolve_kept_layers(family, layers, keep_layers)
+    sketches = {
+        layer.name: sketch(layer.num_experts, max(1, round(share * layer.num_experts)), removes=False)
+        for layer in layers
+        if layer.name not in kept
+    }
+    source = {"model_type": checkpoint.model_type, "fingerprint": checkpoint.fingerprint}
+    return predict(family, checkpoint, Plan("m-smoe", {}, 0, source, {}, sketches), export="exact").predicted
 
 
 def with_rank_that_fits(parameters: Parameters, choices: dict, layers: list[MoELayer]) -> Parameters:

@@ -15,3 +15,13 @@ setup() { # setup EXTRA...: install the project with its extras, once per change
         echo "$stamp" > .venv/stamp
     fi
 }
+
+browser() { # Chromium from the system's packages where that is allowed; without it the tests that need it are skipped
+    command -v chromium > /dev/null || command -v chromium-browser > /dev/null || command -v google-chrome > /dev/null && return
+    if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+        echo "installing chromium"
+        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } \
+            > /dev/null 2>&1 && return
+    fi
+    echo "no Chromium, and it could not be installed: the tests that open reports in a browser will be skipped"
+}

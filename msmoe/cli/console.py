@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Iterator
 
 import click
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -79,18 +78,18 @@ def usage_table(stats) -> Table:
     Args:
         stats: `msmoe.Stats`.
     """
+    from msmoe.usage import entropy
+
     result = table("layer", "tokens", "dropped", "largest", "entropy", "unused", title="Expert usage (routed tokens)")
     result.add_column("usage of experts 0, 1, ...", justify="left", no_wrap=True)
     for name, layer in stats.layers.items():
         usage = layer.usage_frequency.numpy()
-        used = usage[usage > 0]
-        entropy = -(used * np.log(used)).sum() / np.log(max(len(usage), 2))
         result.add_row(
             Text(name),
             f"{layer.num_tokens:,}",
             f"{layer.dropped / max(layer.num_tokens, 1):.1%}",
             f"{usage.max():.1%}",
-            f"{entropy:.2f}",
+            f"{entropy(usage):.2f}",
             str(int((layer.routed == 0).sum())),
             Text(sparkline(usage)),
         )

@@ -36,7 +36,7 @@ RECOVERY: dict[str, Any] = {"learning_rate": 5e-4, "hidden_weight": 3.0}
 def command(
     experts: float, method: str, samples: int | None, recovery_steps: int, out: Path | None, force: bool
 ) -> None:
-    """The whole story on the embedded checkpoint: profile, plan, apply, factorise, recover, evaluate, compare.
+    """The whole story on the embedded checkpoint: profile, plan, apply, factorise, recover, evaluate, report.
 
     \b
     Example: msmoe demo
@@ -49,6 +49,7 @@ def command(
     from msmoe.families import family_of
     from msmoe.planning import check_request, plan
     from msmoe.recover.run import recover
+    from msmoe.reporting import report as make_report
 
     if out is not None:
         check_output(out, force=force)
@@ -113,6 +114,13 @@ def command(
     checkpoints = [CHECKPOINT, compressed, recovered]
     results = evaluate_all(checkpoints, folder, samples=samples)
     print_comparison(results, [experts_of(path) for path in checkpoints], ["original", "merged", "MC-SMoE"])
+
+    echo("\n[bold]8. Report[/bold]")
+    page = folder / "report.html"
+    with progress("reporting") as update:
+        measured = [results_file(path, folder) for path in checkpoints]
+        make_report(CHECKPOINT, folder / "stats", *checkpoints[1:], *measured, tell=update).save(page, force=True)
+    echo(f"usage, similarity, plan, cost and forecast on one page: open {page} in a browser")
     echo(f"\nmerging took {seconds:.0f} s, all of it {time.perf_counter() - started:.0f} s; files are in {folder}")
 
 
@@ -188,9 +196,9 @@ def evaluate_one(checkpoint: Path, folder: Path, *, samples: int | None) -> list
     tasks = [argument for file in [*sorted(TASKS.glob("*.jsonl")), HELD_OUT_TEXT] for argument in ("--data", str(file))]
     limit = ["--samples", str(samples)] if samples else []
     command = [sys.executable, "-m", "msmoe.cli", "evaluate", str(checkpoint), *tasks, *limit, "--metrics", METRICS]
-    results_file = folder / f"results-{checkpoint.name}.json"
+    out = results_file(checkpoint, folder)
     run = subprocess.run(
-        [*command, "--out", str(results_file), "--force"],
+        [*command, "--out", str(out), "--force"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -198,7 +206,11 @@ def evaluate_one(checkpoint: Path, folder: Path, *, samples: int | None) -> list
     )
     if run.returncode:
         raise UserError(f"evaluation failed: {run.stderr.strip().splitlines()[-1]}")
-    return json.loads(results_file.read_text())["results"]
+    return json.loads(out.read_text())["results"]
+
+
+def results_file(checkpoint: Path, folder: Path) -> Path:
+    return folder / f"results-{checkpoint.name}.json"
 
 
 def experts_of(checkpoint: Path) -> str:

@@ -79,6 +79,7 @@ def readme_commands() -> list[list[str]]:
         "evaluate",
         "compress",
         "compare",
+        "report",
         "methods",
     ]
     assert [line[1] for line in lines] == names

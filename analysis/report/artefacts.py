@@ -1,0 +1,267 @@
+"""The files that a report is made from: what each one is, and whether they belong together."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from analysis.report.document import shorten
+from msmoe.calibration.stats import Stats
+from msmoe.checkpoint import Checkpoint
+from msmoe.compare.reading import FORMAT as COMPARISON
+from msmoe.compare.scoring import summarise
+from msmoe.compare.summary import Summary as ComparisonSummary
+from msmoe.errors import UserError
+from msmoe.evaluate.results import FORMAT as RESULTS
+from msmoe.inspect import Summary, inspect
+from msmoe.plan import FORMAT as PLAN
+from msmoe.plan import Plan
+from msmoe.planning import Planner
+from msmoe.provenance import read_provenance
+
+KINDS = "a statistics directory, a plan, a checkpoint, or the results of `msmoe compare` or `msmoe evaluate`"
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """A checkpoint on disk; `provenance` is empty and `plan` None for an original one."""
+
+    label: str
+    checkpoint: Checkpoint
+    summary: Summary
+    provenance: dict
+    plan: Plan | None
+
+    @property
+    def is_original(self) -> bool:
+        return not self.provenance
+
+    @property
+    def source_fingerprint(self) -> str | None:
+        """Of the original checkpoint that it is, or was made from."""
+        if self.is_original:
+            return self.checkpoint.fingerprint
+        return self.provenance.get("source", {}).get("fingerprint")
+
+
+@dataclass(frozen=True)
+class LabelledStats:
+    label: str
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class LabelledPlan:
+    label: str
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Results of `msmoe compare`; `content` is the file's."""
+
+    label: str
+    content: dict
+
+    @cached_property
+    def summary(self) -> ComparisonSummary:
+        return summarise(self.content)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results of `msmoe evaluate`: records as in results.json."""
+
+    label: str
+    records: tuple[dict, ...]
+
+
+Item = CheckpointFolder | LabelledStats | LabelledPlan | Comparison | Evaluation
+
+
+@dataclass(frozen=True)
+class Artefacts:
+    """All that is known of one model.
+
+    Attributes:
+        stats: statistics, one for each calibration data set.
+        plans: plans given as files; those inside of compressed checkpoints are there.
+        compressed: checkpoints made from the original, in the order given.
+    """
+
+    original: CheckpointFolder | None
+    stats: tuple[LabelledStats, ...]
+    plans: tuple[LabelledPlan, ...]
+    compressed: tuple[CheckpointFolder, ...]
+    comparisons: tuple[Comparison, ...]
+    evaluations: tuple[Evaluation, ...]
+
+    @cached_property
+    def calibration(self) -> Stats | None:
+        """All statistics together."""
+        found = [item.stats for item in self.stats]
+        return sum(found[1:], found[0]) if found else None
+
+    @cached_property
+    def plan(self) -> LabelledPlan | None:
+        """The plan that the report is about: the first given, else that of the first compressed checkpoint."""
+        inside = (LabelledPlan(item.label, item.plan) for item in self.compressed if item.plan)
+        return next(iter((*self.plans, *inside)), None)
+
+    @cached_property
+    def planner(self) -> Planner | None:
+        """Access to the weights behind the statistics; needs the original checkpoint and statistics."""
+        if self.original is None or self.calibration is None:
+            return None
+        return Planner(self.original.checkpoint.path, self.calibration)
+
+    @cached_property
+    def layers(self) -> dict[str, int]:
+        """MoE layers -> number of experts, from whatever knows them; empty if nothing does."""
+        if self.calibration is not None:
+            return {name: layer.num_experts for name, layer in self.calibration.layers.items()}
+        for folder in (self.original, *self.compressed):
+            if folder is not None:
+                return {layer.name: layer.num_experts for layer in folder.summary.layers}
+        return {name: layer.num_experts for name, layer in self.plan.plan.layers.items()} if self.plan else {}
+
+
+def gather(items: Sequence[object]) -> Artefacts:
+    """Open artefacts, paths or objects of the API, and check that they are of one model.
+
+    Args:
+        items: paths; or `Stats`, `Plan`, and results of `compare` as `msmoe` returns them.
+
+    Raises:
+        UserError: for something that is no artefact, or that belongs to another checkpoint than the first one.
+    """
+    if not items:
+        raise UserError(f"nothing to report on: give {KINDS}")
+    opened = [open_artefact(item) for item in items]
+    check_same_model(opened)
+    folders = [item for item in opened if isinstance(item, CheckpointFolder)]
+    originals = [folder for folder in folders if folder.is_original]
+    if len(originals) > 1:
+        raise UserError(f"{originals[0].label} and {originals[1].label} are the same checkpoint: give one of them")
+    stats = tuple(item for item in opened if isinstance(item, LabelledStats))
+    for i, item in enumerate(stats):
+        if item.stats.digest in [other.stats.digest for other in stats[:i]]:
+            raise UserError(f"{item.label} holds the same statistics as another artefact: give one of them")
+    return Artefacts(
+        original=originals[0] if originals else None,
+        stats=stats,
+        plans=tuple(item for item in opened if isinstance(item, LabelledPlan)),
+        compressed=tuple(folder for folder in folders if not folder.is_original),
+        comparisons=tuple(item for item in opened if isinstance(item, Comparison)),
+        evaluations=tuple(item for item in opened if isinstance(item, Evaluation)),
+    )
+
+
+def open_artefact(item: object) -> Item:
+    """Find out what something is, and read it.
+
+    Raises:
+        UserError: if it is nothing that a report can show.
+    """
+    if isinstance(item, Stats):
+        return LabelledStats(shorten(Path(str(item.data.get("source", "statistics"))).name), item)
+    if isinstance(item, Plan):
+        return LabelledPlan(item.method, item)
+    if isinstance(item, dict):
+        return read_results(item, "results")
+    if isinstance(item, str | Path):
+        return open_path(Path(item))
+    raise UserError(f"a report cannot show {type(item).__name__}: give {KINDS}")
+
+
+def open_path(path: Path) -> Item:
+    label = shorten(path.resolve().name)
+    if (path / "stats.json").exists():
+        return LabelledStats(label, Stats.load(path))
+    if (path / "config.json").exists():
+        return open_checkpoint(path, label)
+    if (path / "results.json").exists():
+        path = path / "results.json"
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if path.is_dir():
+        raise UserError(f"{path} is no artefact of msmoe: expected {KINDS}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no artefact of msmoe ({error}): expected {KINDS}") from error
+    if isinstance(content, dict) and content.get("format") == PLAN:
+        return LabelledPlan(label, Plan.load(path))
+    if path.name == "results.json":
+        label = shorten(path.resolve().parent.name)
+    return read_results(content, label, path)
+
+
+def open_checkpoint(path: Path, label: str) -> CheckpointFolder:
+    """A checkpoint folder; one with a provenance file is a compressed or fine-tuned one."""
+    checkpoint = Checkpoint(path)
+    plan = path / "plan.json"
+    provenance = read_provenance(checkpoint)
+    return CheckpointFolder(
+        label, checkpoint, inspect(path), provenance, Plan.load(plan) if provenance and plan.exists() else None
+    )
+
+
+def read_results(content: object, label: str, path: Path | None = None) -> Comparison | Evaluation:
+    found = content.get("format") if isinstance(content, dict) else None
+    if isinstance(content, dict) and found == COMPARISON:
+        comparison = Comparison(label, content)
+        _ = comparison.summary  # damaged results are refused here
+        return comparison
+    if isinstance(content, dict) and found == RESULTS:
+        return read_evaluation(content, label)
+    where = f"{path} is" if path else "this is"
+    raise UserError(f"{where} no artefact of msmoe (format {found!r}): expected {KINDS}")
+
+
+def read_evaluation(content: dict, label: str) -> Evaluation:
+    """Records of `msmoe evaluate`, checked.
+
+    Raises:
+        UserError: if one lacks what every record has.
+    """
+    try:
+        records = tuple(content["results"])
+        for record in records:
+            for metric in record["metrics"].values():
+                float(metric["value"]), *map(float, metric["ci95"])
+            _ = record["checkpoint"], record["task"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"the results {label} are damaged: {error!r}") from error
+    return Evaluation(label, records)
+
+
+def check_same_model(items: Sequence[Item]) -> None:
+    """Refuse artefacts of different checkpoints.
+
+    Raises:
+        UserError: naming the two that contradict each other.
+    """
+    first: tuple[str, str] | None = None
+    for item in items:
+        found = fingerprint_of(item)
+        if found is None:
+            continue
+        if first is None:
+            first = item.label, found
+        elif found != first[1]:
+            raise UserError(f"{item.label} is of another checkpoint than {first[0]} (fingerprints differ)")
+
+
+def fingerprint_of(item: Item) -> str | None:
+    """Of the original checkpoint behind an artefact, where it says."""
+    if isinstance(item, CheckpointFolder):
+        return item.source_fingerprint
+    if isinstance(item, LabelledStats):
+        return item.stats.checkpoint.get("fingerprint")
+    if isinstance(item, LabelledPlan):
+        return item.plan.checkpoint.get("fingerprint")
+    return item.content["checkpoint"].get("fingerprint") if isinstance(item, Comparison) else None

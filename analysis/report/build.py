@@ -1,0 +1,114 @@
+"""Artefacts -> report."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.report.artefacts import Artefacts, gather
+from analysis.report.document import Document
+from analysis.report.files import write_files
+from analysis.report.page import to_html
+from analysis.report.sections import SECTIONS
+from msmoe.checkpoint import write_whole
+from msmoe.errors import UserError
+
+Tell = Callable[[int, int, str], None]  # (steps done, steps in all, what is being done)
+FRAME_HEIGHT = 800  # pixels of a report in a notebook
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report; a notebook shows it as it is."""
+
+    document: Document
+    artefacts: Artefacts
+
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Name -> data of every table."""
+        return {table.name: table.frame for table in self.document.tables()}
+
+    def to_html(self) -> str:
+        """One page that needs nothing else."""
+        return to_html(self.document)
+
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write the page.
+
+        Raises:
+            UserError: if the file exists and `force` is not given, or cannot be written.
+        """
+        path = Path(path)
+        if path.exists() and not force:
+            raise UserError(f"{path} exists; use --force to replace it")
+        if not path.parent.is_dir():
+            raise UserError(f"cannot write {path}: {path.parent} is no folder")
+        write_whole(path, self.to_html())
+
+    def save_figures(self, folder: str | Path, *, force: bool = False, tell: Tell | None = None) -> list[Path]:
+        """Write every figure as PNG and SVG and every table as CSV.
+
+        Raises:
+            UserError: if one exists and `force` is not given, or cannot be written.
+        """
+        return write_files(self.document, Path(folder), force=force, tell=tell or (lambda done, total, note: None))
+
+    def _repr_html_(self) -> str:
+        page = escape(self.to_html(), quote=True)
+        return (
+            f'<iframe srcdoc="{page}" sandbox="allow-scripts allow-downloads" style="width:100%;border:0" '
+            f'height="{FRAME_HEIGHT}" title="{escape(self.document.title)}"></iframe>'
+        )
+
+
+def report(*artefacts: object, tell: Tell | None = None) -> Report:
+    """Make a report of statistics, plans, checkpoints and results of one model.
+
+    Args:
+        artefacts: paths, or objects as `msmoe` returns them: `Stats`, `Plan`, the results of `compare`.
+        tell: called with (steps done, steps in all, what is being done).
+
+    Raises:
+        UserError: for something that is no artefact, or artefacts of different checkpoints.
+    """
+    found = gather(artefacts)
+    sections = []
+    for done, make in enumerate(SECTIONS):
+        say = _teller(tell, done, make.__module__.rpartition(".")[2])
+        say("")
+        section = make(found, say)
+        if section is not None:
+            sections.append(section)
+    return Report(Document(title_of(found), subtitle_of(found), tuple(sections)), found)
+
+
+def _teller(tell: Tell | None, done: int, name: str) -> Callable[[str], None]:
+    def say(note: str) -> None:
+        if tell:
+            tell(done, len(SECTIONS), f"{name}: {note}" if note else name)
+
+    return say
+
+
+def title_of(found: Artefacts) -> str:
+    """What the report is of."""
+    if found.original is not None:
+        return f"Expert report: {found.original.label}"
+    if found.compressed:
+        return f"Expert report: {found.compressed[0].label}"
+    if found.comparisons:
+        return f"Comparison: {found.comparisons[0].label}"
+    return "Expert report"
+
+
+def subtitle_of(found: Artefacts) -> str:
+    """The artefacts that it was made from."""
+    folders = [*([found.original] if found.original else []), *found.compressed]
+    kinds = (
+        ("checkpoint", folders), ("statistics", found.stats), ("plan", found.plans), ("comparison", found.comparisons),
+        ("results", found.evaluations),
+    )  # fmt: skip
+    return ", ".join(f"{kind} {item.label}" for kind, items in kinds for item in items)

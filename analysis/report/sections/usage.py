@@ -1,0 +1,226 @@
+"""How the router uses the experts: shares by layer and expert, what a budget would cut, how even layers are."""
+
+from collections.abc import Callable
+
+import altair as alt
+import numpy as np
+import pandas as pd
+
+from analysis.report.artefacts import Artefacts
+from analysis.report.charts import BLUE, GREY, ORANGE, SEQUENTIAL, choice, short_names, stack_of
+from analysis.report.document import Column, Figure, Note, Section, Table
+from msmoe.calibration.stats import Stats
+from msmoe.grouping import group_counts
+from msmoe.usage import layer_frame
+
+MEASURES = {
+    "routed": "routed tokens",
+    "dispatched": "dispatched tokens",
+    "dropped": "dropped tokens",
+    "gate": "gate mass",
+}
+BUDGETS = {"half": 2, "a quarter": 4, "an eighth": 8}
+ROW, SMALL = 18, 150  # pixels: a row of the map, a panel of the bars
+COLUMNS = 4
+
+
+def section(artefacts: Artefacts, say: Callable[[str], None]) -> Section | None:
+    stats = artefacts.calibration
+    if stats is None:
+        return None
+    layers, experts = layer_frame(stats), expert_frame(stats)
+    blocks = [
+        usage_map(experts),
+        usage_bars(experts, stats),
+        evenness(layers),
+        layer_table(layers),
+        expert_table(stats),
+    ]
+    unseen = layers.loc[layers.num_tokens == 0, "layer"]
+    if len(unseen):
+        blocks.append(Note(f"No token of the calibration data reached {', '.join(unseen)}."))
+    return Section("usage", "Expert usage", lead(layers), tuple(blocks))
+
+
+def lead(layers: pd.DataFrame) -> str:
+    total, used = layers.num_experts.sum(), layers.used.sum()
+    if layers.imbalance.isna().all():
+        return "No token of the calibration data reached an MoE layer."
+    most, least = layers.loc[layers.imbalance.idxmax()], layers.loc[layers.imbalance.idxmin()]
+    return (
+        f"{used:,} of {total:,} experts saw a token; {layers.cold.sum():,} of them less than a tenth of an equal "
+        f"share. The most uneven layer is {most.layer}, whose first expert takes {most.largest_share:.1%} of its "
+        f"tokens; the most even one is {least.layer} with {least.largest_share:.1%}."
+    )
+
+
+def expert_frame(stats: Stats) -> pd.DataFrame:
+    """Shares (0 to 1) of each expert in its layer, and its place there by usage; one row per layer and expert."""
+    short = short_names(list(stats.layers))
+    frames = []
+    for name, layer in stats.layers.items():
+        tokens = max(layer.num_tokens, 1)
+        routed = layer.routed.numpy()
+        rank = np.empty(len(routed), dtype=int)
+        rank[np.lexsort((np.arange(len(routed)), -routed))] = np.arange(len(routed))
+        frame = {
+            "layer": short[name],
+            "name": name,
+            "stack": stack_of(name),
+            "expert": np.arange(len(routed)),
+            "rank": rank,
+            "tokens": routed,
+            "routed": routed / tokens,
+            "dispatched": layer.dispatched.numpy() / max(int(layer.dispatched.sum()), 1),
+            "dropped": (layer.routed - layer.dispatched).numpy() / tokens,
+            "gate": layer.gate_mass.numpy() / max(float(layer.gate_mass.sum()), 1e-30),
+        }
+        frames.append(pd.DataFrame(frame))
+    return pd.concat(frames, ignore_index=True)
+
+
+def usage_map(experts: pd.DataFrame) -> Figure:
+    measure = choice("measure", "Share of", list(MEASURES), list(MEASURES.values()))
+    scale = choice("scale", "Colours", ["linear", "log"])
+    order = choice("order", "Experts by", ["index", "usage"])
+    layers = list(dict.fromkeys(experts.layer))
+    base = alt.Chart(experts).transform_calculate(
+        share="datum[measure]",
+        colour="scale == 'log' ? (datum.share > 0 ? log(datum.share) / LN10 : null) : datum.share",
+        place="order == 'usage' ? datum.rank : datum.expert",
+    )
+    x = alt.X("place:O", title="expert, by index or from the most used", axis=alt.Axis(labelAngle=0, labelOverlap=True))
+    y = alt.Y("layer:N", sort=layers, title=None)
+    tooltip = [
+        alt.Tooltip("name:N", title="layer"), alt.Tooltip("expert:Q"),
+        alt.Tooltip("tokens:Q", title="routed tokens", format=","),
+        *[alt.Tooltip(f"{field}:Q", title=f"share of {label}", format=".2%") for field, label in MEASURES.items()],
+    ]  # fmt: skip
+    legend = alt.Legend(
+        title="share of the layer", orient="top", gradientLength=260,
+        labelExpr="scale == 'log' ? format(pow(10, datum.value), '.2~%') : format(datum.value, '.2~%')",
+    )  # fmt: skip
+    cells = base.mark_rect().encode(
+        x=x, y=y, tooltip=tooltip, color=alt.Color("colour:Q", scale=alt.Scale(scheme=SEQUENTIAL), legend=legend)
+    )
+    dead = base.transform_filter("datum.share == 0").mark_point(
+        shape="cross", size=18, angle=45, strokeWidth=1, color=ORANGE
+    )
+    return Figure(
+        "usage-map",
+        "Expert usage by layer",
+        "Each cell is one expert's share of its layer's tokens (or gate mass); yellow is much, and an orange cross is "
+        "nothing at all. Look for rows with a few bright cells: such a layer uses few of its experts.",
+        alt.layer(cells, dead.encode(x=x, y=y, tooltip=tooltip))
+        .add_params(measure, scale, order)
+        .properties(width="container", height=ROW * len(layers)),
+    )
+
+
+def kept_counts(stats: Stats) -> dict[str, list[int]]:
+    """Budget -> experts that each layer keeps, the most used ones, by the adaptive budget of M-SMoE."""
+    usage = [layer.usage_frequency.numpy() for layer in stats.layers.values()]
+    average = float(np.mean([len(u) for u in usage]))
+    return {label: group_counts(usage, max(average / divisor, 1.0)) for label, divisor in BUDGETS.items()}
+
+
+def usage_bars(experts: pd.DataFrame, stats: Stats) -> Figure:
+    """Sorted bars of every layer; those that a budget cuts are grey."""
+    budget = choice("budget", "Keep", list(BUDGETS))
+    short = short_names(list(stats.layers))
+    counts = pd.DataFrame({"layer": [short[name] for name in stats.layers], **kept_counts(stats)})
+    frame = experts[["layer", "expert", "rank", "routed"]].merge(counts, on="layer")
+    panel = (
+        alt.Chart(frame)
+        .mark_bar()
+        .transform_calculate(kept="datum.rank < datum[budget] ? 'kept' : 'merged or removed'")
+        .encode(
+            x=alt.X("rank:O", title=None, axis=None),
+            y=alt.Y("routed:Q", title=None, axis=alt.Axis(format="%", tickCount=3)),
+            color=alt.Color(
+                "kept:N",
+                title=None,
+                legend=alt.Legend(orient="top"),
+                scale=alt.Scale(domain=["kept", "merged or removed"], range=[BLUE, GREY]),
+            ),
+            tooltip=["layer:N", "expert:Q", alt.Tooltip("routed:Q", format=".2%"), "kept:N"],
+        )
+        .properties(width=SMALL + 40, height=SMALL - 60)
+    )
+    return Figure(
+        "usage-bars",
+        "Where a budget cuts",
+        "Experts of each layer from the most to the least used, as shares of its routed tokens; blue ones would be kept "
+        "at that share of all experts by the adaptive budget of M-SMoE. Look for tall grey bars: tokens that change "
+        "experts.",
+        panel.facet(facet=alt.Facet("layer:N", sort=list(dict.fromkeys(experts.layer)), title=None), columns=COLUMNS)
+        .add_params(budget)
+        .resolve_scale(y="independent", x="independent"),
+    )
+
+
+def evenness(layers: pd.DataFrame) -> Figure:
+    """Effective number of experts of each layer, encoder and decoder apart."""
+    short = short_names(list(layers.layer))
+    frame = layers.assign(short=layers.layer.map(short), stack=layers.layer.map(stack_of))
+    y = alt.Y("short:N", sort=list(frame.short), title=None)
+    tooltip = [
+        alt.Tooltip("layer:N"), alt.Tooltip("effective_experts:Q", title="effective experts", format=".1f"),
+        alt.Tooltip("num_experts:Q", title="experts"), alt.Tooltip("entropy:Q", format=".3f"),
+        alt.Tooltip("gini:Q", title="Gini", format=".3f"), alt.Tooltip("imbalance:Q", title="max / mean", format=".2f"),
+    ]  # fmt: skip
+    base = alt.Chart(frame).encode(y=y, tooltip=tooltip)
+    whole = base.mark_tick(thickness=2, size=ROW - 6, color=GREY).encode(x=alt.X("num_experts:Q", title="experts"))
+    bars = base.mark_bar(height=8).encode(
+        x="effective_experts:Q", color=alt.Color("stack:N", title=None, sort=None, legend=alt.Legend(orient="top"))
+    )
+    return Figure(
+        "usage-evenness",
+        "Effective number of experts",
+        "Bars are exp(entropy of usage): as many equally used experts would be as hard to guess; ticks are the experts "
+        "that the layer has. Look for short bars: these layers use the fewest of their experts.",
+        (bars + whole).properties(width="container", height=ROW * len(frame)),
+    )
+
+
+def layer_table(layers: pd.DataFrame) -> Table:
+    return Table(
+        "usage-layers",
+        "Usage by layer",
+        "One row per MoE layer; the measures are of routed tokens.",
+        layers,
+        (
+            Column("layer", "layer"),
+            Column("num_experts", "experts", "integer"),
+            Column("num_tokens", "tokens", "integer", "routed tokens, padding not counted"),
+            Column("used", "used", "integer", "experts that saw a token"),
+            Column("cold", "cold", "integer", "used ones with less than a tenth of an equal share"),
+            Column("dead", "dead", "integer", "experts without a token"),
+            Column("dropped_share", "dropped", "share", "tokens over capacity"),
+            Column("largest_share", "largest", "share", "share of the most used expert"),
+            Column("entropy", "entropy", "number", "over ln E: 1 is even"),
+            Column("gini", "Gini", "number", "0 is even"),
+            Column("imbalance", "max / mean", "number", "1 is even"),
+            Column("effective_experts", "effective", "number", "exp of the entropy"),
+        ),
+        is_essential=True,
+    )
+
+
+def expert_table(stats: Stats) -> Table:
+    frame = stats.to_frame().sort_values("usage_frequency", ascending=False, kind="stable")
+    return Table(
+        "usage-experts",
+        "Usage by expert",
+        "One row per expert, the most used first.",
+        frame,
+        (
+            Column("layer", "layer"),
+            Column("expert", "expert", "integer"),
+            Column("routed", "routed", "integer", "tokens"),
+            Column("dispatched", "dispatched", "integer", "tokens within capacity"),
+            Column("usage_frequency", "usage", "share", "of the layer's routed tokens"),
+            Column("gate_mass", "gate mass", "number", "sum of gate values of routed tokens"),
+            Column("soft_mass", "soft mass", "number", "sum of router probabilities over all tokens"),
+        ),
+    )

@@ -1,0 +1,105 @@
+"""A report as text: facts, findings, the usage map in block characters, and the essential tables."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.rule import Rule
+from rich.table import Table as Grid
+from rich.text import Text
+
+from analysis.report.build import Report
+from analysis.report.charts import short_names
+from analysis.report.document import Facts, Note, Section, Table, shorten
+from msmoe.calibration.stats import Stats
+from msmoe.usage import effective_experts
+
+BLOCKS = " ▁▂▃▄▅▆▇█"
+SHADES = "·░▒▓█"
+MAX_CELLS = 64  # of the map; more experts share cells
+MAX_ROWS = 20  # of a table
+
+
+def to_text(report: Report) -> Group:
+    """What rich prints for a report."""
+    parts: list[RenderableType] = [Text(printable(report.document.title), style="bold")]
+    parts.append(Text(printable(report.document.subtitle)))
+    for section in report.document.sections:
+        parts += section_text(section, report.artefacts.calibration)
+    return Group(*parts)
+
+
+def section_text(section: Section, stats: Stats | None) -> Iterator[RenderableType]:
+    yield Text()
+    yield Rule(section.title, align="left", style="dim")
+    if section.lead:
+        yield Text(printable(section.lead))
+    if section.key == "usage" and stats is not None:
+        yield usage_grid(stats)
+    for block in section.blocks:
+        if isinstance(block, Facts):
+            yield facts_grid(block)
+        elif isinstance(block, Note):
+            yield Text(f"note: {printable(block.text)}", style="italic")
+        elif isinstance(block, Table) and block.is_essential and len(block.frame):
+            yield Text()
+            yield table_grid(block)
+
+
+def facts_grid(block: Facts) -> Grid:
+    grid = Grid(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for fact in block.facts:
+        grid.add_row(*(Text(printable(text)) for text in (fact.label, fact.value, fact.hint)))
+    return grid
+
+
+def table_grid(table: Table) -> Grid:
+    """The first rows of a table."""
+    more = len(table.frame) - MAX_ROWS
+    title = table.title + (f" (first {MAX_ROWS} of {len(table.frame):,} rows)" if more > 0 else "")
+    grid = Grid(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in table.columns:
+        grid.add_column(column.heading, justify="left" if column.is_text else "right")
+    fields = [column.field for column in table.columns]
+    for row in table.frame.head(MAX_ROWS)[fields].itertuples(index=False, name=None):
+        shown = [printable(column.show(value)) for column, value in zip(table.columns, row, strict=True)]
+        grid.add_row(*map(Text, shown))
+    return grid
+
+
+def usage_grid(stats: Stats) -> Grid:
+    """Usage of the experts of each layer by index, in shades of the layer's largest; and sorted, as a sparkline."""
+    grid = Grid(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("layer", "usage by expert, · is none", "sorted"):
+        grid.add_column(heading, no_wrap=True)
+    for heading in ("dropped", "effective experts"):
+        grid.add_column(heading, justify="right")
+    short = short_names(list(stats.layers))
+    for name, layer in stats.layers.items():
+        usage = layer.usage_frequency.numpy()
+        grid.add_row(
+            Text(shorten(short[name])),
+            Text(characters(usage, SHADES)),
+            Text(characters(np.sort(usage)[::-1], BLOCKS)),
+            f"{layer.dropped / max(layer.num_tokens, 1):.1%}",
+            f"{effective_experts(usage):.1f} of {len(usage)}",
+        )
+    return grid
+
+
+def characters(values: np.ndarray, levels: str) -> str:
+    """One character per value, or per few neighbouring values of which the largest counts; the first is for zero.
+
+    Args:
+        values: (E,) non-negative.
+    """
+    size = -(-len(values) // MAX_CELLS)
+    cells = [values[i : i + size].max() for i in range(0, len(values), size)]
+    top = len(levels) - 1
+    largest = max(*cells, 1e-30) if len(cells) > 1 else max(cells[0], 1e-30)
+    return "".join(levels[0 if v <= 0 else max(1, round(v / largest * top))] for v in cells)
+
+
+def printable(text: str) -> str:
+    """Text without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -1,0 +1,25 @@
+"""`msmoe.report`: the door to `analysis`, which reads artefacts and is imported when a report is asked for."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from analysis.report import Report
+
+
+def report(*artefacts: object, tell: Callable[[int, int, str], None] | None = None) -> "Report":
+    """Make a report of statistics, plans, checkpoints and results of one model; a notebook shows it as it is.
+
+    Args:
+        artefacts: paths, or objects as `msmoe` returns them: `Stats`, `Plan`, the results of `compare`.
+        tell: called with (steps done, steps in all, what is being done).
+
+    Returns:
+        `.save(path)` writes the page, `.save_figures(folder)` figures and tables, `.tables` has their data.
+
+    Raises:
+        UserError: for something that is no artefact, or artefacts of different checkpoints.
+    """
+    from analysis.report import report as make
+
+    return make(*artefacts, tell=tell)
