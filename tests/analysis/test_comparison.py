@@ -16,19 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from analysis.compare import main, write_all
-from analysis.comparison_plots import (
-    STYLE,
-    Point,
-    assign_looks,
-    layer_loss,
-    pareto,
-    pareto_front,
-    points,
-    short_layers,
-    spread,
-    standing,
-    tasks,
-)
+from analysis.comparison_plots import STYLE, assign_looks, layer_loss, pareto, short_layers, tasks
+from analysis.comparison_points import Point, pareto_front, points, spread, standing
 from analysis.comparison_tables import (
     comparison_csv,
     escape_latex,

@@ -7,7 +7,16 @@ from collections.abc import Callable
 
 from analysis.report.artefacts import Artefacts
 from analysis.report.document import Section
-from analysis.report.sections import comparison, glance, usage
+from analysis.report.sections import comparison, cost, domains, forecast, glance, plan, similarity, usage
 
 Say = Callable[[str], None]  # what is being done
-SECTIONS: tuple[Callable[[Artefacts, Say], Section | None], ...] = (glance.section, usage.section, comparison.section)
+SECTIONS: tuple[Callable[[Artefacts, Say], Section | None], ...] = (
+    glance.section,
+    usage.section,
+    domains.section,
+    similarity.section,
+    plan.section,
+    cost.section,
+    forecast.section,
+    comparison.section,
+)

@@ -150,9 +150,9 @@ def usage_bars(experts: pd.DataFrame, stats: Stats) -> Figure:
     return Figure(
         "usage-bars",
         "Where a budget cuts",
-        "Experts of each layer from the most to the least used, as shares of its routed tokens; blue ones would be kept "
-        "at that share of all experts by the adaptive budget of M-SMoE. Look for tall grey bars: tokens that change "
-        "experts.",
+        "Experts of each layer from the most to the least used, as shares of its routed tokens; blue ones would be "
+        "kept at that share of all experts by the adaptive budget of M-SMoE. Look for tall grey bars: tokens that "
+        "change experts.",
         panel.facet(facet=alt.Facet("layer:N", sort=list(dict.fromkeys(experts.layer)), title=None), columns=COLUMNS)
         .add_params(budget)
         .resolve_scale(y="independent", x="independent"),

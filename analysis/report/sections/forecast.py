@@ -1,0 +1,160 @@
+"""How far the checkpoint can go: predicted errors against experts kept, sizes to choose, how good predictions were."""
+
+from collections.abc import Callable
+from typing import Any
+
+from analysis.report.artefacts import Artefacts
+from analysis.report.document import Block, Note, Section
+from analysis.report.sections.cost_data import layer_labels
+from analysis.report.sections.forecast_charts import (
+    TOLERANCES,
+    bytes_table,
+    layer_figure,
+    measured_figure,
+    suggestion_table,
+    whole_figure,
+)
+from analysis.report.sections.forecast_data import (
+    WHOLE,
+    Scope,
+    choose_scope,
+    correlations,
+    curve_frame,
+    make_forecast,
+    measured_frame,
+    read_check,
+    suggested_bytes,
+)
+from msmoe.errors import UserError
+from msmoe.forecast import Forecast
+from msmoe.planning import Planner
+
+KEY, TITLE = "forecast", "How far can I go"
+LEAD_TOLERANCE = 0.05
+NEEDS_ORIGINAL = (
+    "Give the original checkpoint beside the statistics to see the error that fewer experts would make, by layer."
+)
+NEEDS_STATISTICS = (
+    "Give statistics of the checkpoint (msmoe profile) beside it to see the error that fewer experts would make, by "
+    "layer."
+)
+TOO_LARGE = (
+    "A forecast of this checkpoint takes too long for a report. In Python, the module msmoe.forecast makes it for "
+    "the layers and sizes of your choice."
+)
+
+
+def section(artefacts: Artefacts, say: Callable[[str], None]) -> Section | None:
+    if artefacts.original is None and artefacts.calibration is None:
+        return None
+    if artefacts.planner is None:
+        return Section(KEY, TITLE, "", (Note(NEEDS_ORIGINAL if artefacts.original is None else NEEDS_STATISTICS),))
+    scope = choose_scope(artefacts, artefacts.planner)
+    if scope is None:
+        return Section(KEY, TITLE, "", (Note(TOO_LARGE),))
+    try:
+        found = make_forecast(scope, artefacts.planner, say)
+    except UserError as error:
+        return Section(KEY, TITLE, "", (Note(f"No forecast: {error}"),))
+    return Section(KEY, TITLE, lead(found, scope), tuple(blocks_of(artefacts, artefacts.planner, found, scope)))
+
+
+def lead(found: Forecast, scope: Scope) -> str:
+    sizes = found.suggest(LEAD_TOLERANCE)
+    kept, total = sum(sizes.values()), sum(layer.num_experts for layer in found.layers.values())
+    where = (
+        ""
+        if scope.is_whole
+        else f"Of {len(scope.compressible)} compressible layers, {len(scope.layers)} were forecast. "
+    )
+    return (
+        f"{where}With {found.method}, {kept:,} of {total:,} experts would keep the predicted relative output error "
+        f"of each layer within {LEAD_TOLERANCE:.0%}. A prediction is of one layer at a time, on inputs of the "
+        "original model."
+    )
+
+
+def blocks_of(artefacts: Artefacts, planner: Planner, found: Forecast, scope: Scope) -> list[Block]:
+    experts = {layer.name: layer.num_experts for layer in planner.layers}
+    short = layer_labels(list(experts))
+    blocks: list[Block] = [
+        layer_figure(curve_frame(found, short), bounded(scope)),
+        whole_figure(found, is_whole=scope.is_whole),
+    ]
+    blocks.append(suggestion_table(found, experts))
+    stored = {t: suggested_bytes(planner, found.method, found.suggest(t)) for t in TOLERANCES}
+    blocks.append(bytes_table(found, stored, planner.source.num_bytes))
+    blocks += measured_blocks(artefacts, found, short)
+    return blocks + [Note(text) for text in notes(found, scope)]
+
+
+def bounded(scope: Scope) -> str:
+    """What the report left out, in words; empty for nothing."""
+    if scope.is_whole and len(scope.sizes) == scope.sizes[-1]:
+        return ""
+    layers = (
+        ""
+        if scope.is_whole
+        else f"{len(scope.layers)} of {len(scope.compressible)} layers, spread over the model, and "
+    )
+    return f"To bound the work, {layers}{len(scope.sizes)} sizes were tried."
+
+
+def measured_blocks(artefacts: Artefacts, found: Forecast, short: dict[str, str]) -> list[Block]:
+    """Predicted against measured, for each comparison that holds the method."""
+    blocks: list[Block] = []
+    for i, comparison in enumerate(artefacts.comparisons):
+        frame = measured_frame(comparison, found)
+        if len(frame):
+            name = "forecast-measured" if i == 0 else f"forecast-measured-{i + 1}"
+            blocks += [
+                measured_figure(frame, found, name=name, short=short),
+                Note(correlation_text(frame, comparison.label)),
+            ]
+    return blocks
+
+
+def correlation_text(frame: Any, label: str) -> str:
+    """Both correlations of either kind of points."""
+    parts = []
+    for kind, points in (
+        ("the whole model", frame[frame.what == WHOLE]),
+        ("single layers", frame[frame.what != WHOLE]),
+    ):
+        found = correlations(points)
+        if found is not None:
+            parts.append(f"{kind} {found[0]:.2f} (Spearman) and {found[1]:.2f} (Pearson) over {len(points)} points")
+    if not parts:
+        return f"{label}: too few points for a correlation of predicted with measured losses."
+    return f"Correlation of predicted with measured losses in {label}: {'; '.join(parts)}."
+
+
+def notes(found: Forecast, scope: Scope) -> list[str]:
+    texts = []
+    if found.whole().kl is None:
+        texts.append(
+            "These statistics hold no output gradients; with them (msmoe profile --fisher 64) the KL divergence of "
+            "the whole model is predicted too."
+        )
+    elif not scope.is_whole:
+        texts.append("The KL divergence of the whole model is not shown, as not all of its layers were forecast.")
+    checked = read_check()
+    if checked is not None and (text := check_text(checked, found.method)):
+        texts.append(text)
+    return texts
+
+
+def check_text(checked: dict, method: str) -> str:
+    """What the check on the demo checkpoint found: its verdict, and how predicted and measured sizes were ordered."""
+    whole = checked.get("comparison", {}).get("whole", {})
+    which = method if method in whole else "both"
+    ranks = {name: found.get("spearman") for name, found in whole.get(which, {}).get("kl", {}).items()}
+    known = [f"{name} {rank:.2f}" for name, rank in ranks.items() if isinstance(rank, float)]
+    verdict = next(iter(checked.get("conclusion", ())), "")
+    if not known:
+        return ""
+    of = f"method {method}" if which == method else "methods m-smoe and m-smoe-refit together"
+    return (
+        f"How far to trust this: on the demo checkpoint, {of}, the Spearman correlation of the predicted KL "
+        f"divergence with what was measured over sizes is {', '.join(known)}. {verdict[:1].upper()}{verdict[1:]}."
+    )
