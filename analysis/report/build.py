@@ -77,7 +77,7 @@ def report(*artefacts: object, tell: Tell | None = None) -> Report:
     found = gather(artefacts)
     sections = []
     for done, make in enumerate(SECTIONS):
-        say = _teller(tell, done, make.__module__.rpartition(".")[2])
+        say = _teller(tell, done, make.__module__.split(".")[3])
         say("")
         section = make(found, say)
         if section is not None:

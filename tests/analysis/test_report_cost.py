@@ -13,8 +13,8 @@ from tiny import LAYERS, compress, load_tensors, profile_small, random_records, 
 from analysis.report.artefacts import gather
 from analysis.report.charts import to_spec
 from analysis.report.document import Figure, Note, Table
-from analysis.report.sections import cost
-from analysis.report.sections.cost_data import (
+from analysis.report.sections.cost import chapter as cost
+from analysis.report.sections.cost.data import (
     Cost,
     distinct_labels,
     experts_before,

@@ -14,9 +14,9 @@ from analysis.report.artefacts import Artefacts, LabelledPlan, LabelledStats
 from analysis.report.charts import to_spec
 from analysis.report.document import Document, Figure, Note, Section, Table
 from analysis.report.page import to_html
-from analysis.report.sections.domain_charts import distance_frame, map_frame, similar_beside
-from analysis.report.sections.domain_usage import by_chance, find_domains, measure, shared_out
-from analysis.report.sections.domains import section
+from analysis.report.sections.domains.chapter import section
+from analysis.report.sections.domains.charts import distance_frame, map_frame, similar_beside
+from analysis.report.sections.domains.usage import by_chance, find_domains, measure, shared_out
 from msmoe.calibration.stats import Stats
 from msmoe.plan import Group, LayerPlan, Plan
 

@@ -12,11 +12,11 @@ from tiny import LAYERS, compress
 from analysis.report.artefacts import Comparison, LabelledPlan, gather
 from analysis.report.charts import to_spec
 from analysis.report.document import Figure, Note, Table
-from analysis.report.sections import forecast as chapter
-from analysis.report.sections import forecast_data
-from analysis.report.sections.cost_data import layer_labels
-from analysis.report.sections.forecast_charts import layer_figure, measured_figure
-from analysis.report.sections.forecast_data import (
+from analysis.report.sections.cost.data import layer_labels
+from analysis.report.sections.forecast import chapter
+from analysis.report.sections.forecast import data as forecast_data
+from analysis.report.sections.forecast.charts import layer_figure, measured_figure
+from analysis.report.sections.forecast.data import (
     WHOLE,
     choose_scope,
     correlations,

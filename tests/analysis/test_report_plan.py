@@ -9,9 +9,9 @@ from tiny import LAYERS, layer_plan, plan_for
 from analysis.report.artefacts import LabelledPlan, gather
 from analysis.report.charts import to_spec
 from analysis.report.document import Facts, Figure, Note, Table
-from analysis.report.sections import plan as chapter
-from analysis.report.sections.plan_charts import with_labels
-from analysis.report.sections.plan_frames import agreement, budget_frame, comparison_frame, layer_flow, weights_text
+from analysis.report.sections.plan import chapter
+from analysis.report.sections.plan.charts import with_labels
+from analysis.report.sections.plan.frames import agreement, budget_frame, comparison_frame, layer_flow, weights_text
 from msmoe.checkpoint import Checkpoint
 from msmoe.plan import Group, LayerPlan, Plan
 

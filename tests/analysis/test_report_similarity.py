@@ -12,11 +12,12 @@ from tiny import LAYERS, layer_plan, plan_for
 from analysis.report.artefacts import CheckpointFolder, gather
 from analysis.report.charts import to_spec
 from analysis.report.document import Figure, Note, Table
-from analysis.report.sections import similarity as chapter
-from analysis.report.sections import similarity_images, similarity_matrices
-from analysis.report.sections.similarity_alignment import layer_frame as alignment_layers
-from analysis.report.sections.similarity_alignment import member_frame
-from analysis.report.sections.similarity_matrices import cluster, find_similarities
+from analysis.report.sections.similarity import chapter
+from analysis.report.sections.similarity import images as similarity_images
+from analysis.report.sections.similarity import matrices as similarity_matrices
+from analysis.report.sections.similarity.alignment import layer_frame as alignment_layers
+from analysis.report.sections.similarity.alignment import member_frame
+from analysis.report.sections.similarity.matrices import cluster, find_similarities
 from msmoe.checkpoint import Checkpoint
 from msmoe.similarity import similarity
 

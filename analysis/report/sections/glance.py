@@ -61,7 +61,9 @@ def usage_facts(artefacts: Artefacts) -> list[Fact]:
         Fact("Used experts", f"{used:,} of {total:,}", "saw at least one token"),
         Fact("Dead experts", f"{total - used:,}", "saw no token"),
         Fact("Cold experts", f"{int(layers.cold.sum()):,}", "less than a tenth of an equal share"),
-        Fact("Dropped tokens", f"{dropped / max(tokens, 1):.2%}", f"{dropped:,} of {tokens:,} over capacity, all layers"),
+        Fact(
+            "Dropped tokens", f"{dropped / max(tokens, 1):.2%}", f"{dropped:,} of {tokens:,} over capacity, all layers"
+        ),
     ]
 
 
@@ -131,5 +133,7 @@ def notes(artefacts: Artefacts) -> list[Note]:
     if artefacts.calibration is None:
         found.append(Note("No statistics: give the directory that `msmoe profile` wrote to see how experts are used."))
     if artefacts.original is None:
-        found.append(Note("No original checkpoint: give its folder to see its size, similarities of weights and forecasts."))
+        found.append(
+            Note("No original checkpoint: give its folder to see its size, similarities of weights and forecasts.")
+        )
     return found

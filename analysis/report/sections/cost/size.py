@@ -8,7 +8,7 @@ import pandas as pd
 
 from analysis.report.charts import BLUE, COLOURS, GREY, ORANGE, choice
 from analysis.report.document import Column, Figure, Table, human_bytes
-from analysis.report.sections.cost_data import Cost
+from analysis.report.sections.cost.data import Cost
 
 BAR, PANEL = 26, 300  # pixels
 MINUS = "\N{MINUS SIGN}"

@@ -8,10 +8,10 @@ import pandas as pd
 from analysis.report.artefacts import Artefacts
 from analysis.report.charts import short_names
 from analysis.report.document import Block, Column, Figure, Note, Section, Table
-from analysis.report.sections.similarity_alignment import alignment_blocks
-from analysis.report.sections.similarity_charts import Drawing, interactive, small_multiples
-from analysis.report.sections.similarity_images import draw
-from analysis.report.sections.similarity_matrices import (
+from analysis.report.sections.similarity.alignment import alignment_blocks
+from analysis.report.sections.similarity.charts import Drawing, interactive, small_multiples
+from analysis.report.sections.similarity.images import draw
+from analysis.report.sections.similarity.matrices import (
     Clustering,
     Similarities,
     cluster,

@@ -4,7 +4,7 @@ import altair as alt
 import pandas as pd
 
 from analysis.report.charts import COLOURS, GREY, choice
-from analysis.report.sections.plan_frames import CLASS
+from analysis.report.sections.plan.frames import CLASS
 
 CONTROL = "plan_layer"
 HUES = len(COLOURS) - 1  # the last colour is of what is removed

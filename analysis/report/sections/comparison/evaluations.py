@@ -8,7 +8,7 @@ import pandas as pd
 from analysis.report.artefacts import Evaluation
 from analysis.report.charts import COLOURS, GREY
 from analysis.report.document import Block, Column, Figure, Note, Table, shorten
-from analysis.report.sections.comparison_looks import MAX_NAME, controls, distinct
+from analysis.report.sections.comparison.looks import MAX_NAME, controls, distinct
 from msmoe.errors import UserError
 
 METRICS = {

@@ -11,8 +11,8 @@ import pandas as pd
 from analysis.report.artefacts import Artefacts
 from analysis.report.charts import short_names
 from analysis.report.document import Block, Column, Note, Section, Table
-from analysis.report.sections.domain_charts import distance_frame, distance_map, layer_bars, layer_frame, usage_map
-from analysis.report.sections.domain_usage import (
+from analysis.report.sections.domains.charts import distance_frame, distance_map, layer_bars, layer_frame, usage_map
+from analysis.report.sections.domains.usage import (
     HANDFUL,
     OWN_SHARE,
     Distances,

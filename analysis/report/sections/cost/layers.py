@@ -8,7 +8,7 @@ import pandas as pd
 
 from analysis.report.charts import BLUE, COLOURS, GREY, choice
 from analysis.report.document import Column, Figure, Table
-from analysis.report.sections.cost_data import Cost
+from analysis.report.sections.cost.data import Cost
 
 ROW = 18  # pixels
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")

@@ -8,11 +8,11 @@ import pandas as pd
 from analysis.cost_tables import MEASURES, value
 from analysis.report.artefacts import Artefacts, Comparison
 from analysis.report.document import Block, Column, Facts, Note, Section, Table, shorten
-from analysis.report.sections.comparison_evaluations import evaluation_blocks, evaluation_lead
-from analysis.report.sections.comparison_looks import distinct
-from analysis.report.sections.comparison_pareto import pareto_figure
-from analysis.report.sections.comparison_runs import run_blocks
-from analysis.report.sections.comparison_tasks import layer_figure, task_figure
+from analysis.report.sections.comparison.evaluations import evaluation_blocks, evaluation_lead
+from analysis.report.sections.comparison.looks import distinct
+from analysis.report.sections.comparison.pareto import pareto_figure
+from analysis.report.sections.comparison.runs import run_blocks
+from analysis.report.sections.comparison.tasks import layer_figure, task_figure
 from msmoe.compare.summary import FULL, MISSING, SAME_AS_BEST, SAME_AS_FULL, Row, Size, Summary
 from msmoe.compare.summary import Column as Measure
 

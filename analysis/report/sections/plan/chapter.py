@@ -8,8 +8,8 @@ import pandas as pd
 from analysis.report.artefacts import Artefacts
 from analysis.report.charts import BLUE, GREEN, GREY
 from analysis.report.document import Block, Column, Fact, Facts, Figure, Note, Section, Table, human_bytes, shorten
-from analysis.report.sections.plan_charts import flow, flow_multiples
-from analysis.report.sections.plan_frames import (
+from analysis.report.sections.plan.charts import flow, flow_multiples
+from analysis.report.sections.plan.frames import (
     all_plans,
     as_number,
     budget_frame,

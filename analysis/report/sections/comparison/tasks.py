@@ -7,7 +7,7 @@ import pandas as pd
 from analysis.comparison_points import references, standing
 from analysis.report.charts import DIVERGING, GREY, INK, short_names
 from analysis.report.document import Figure, shorten
-from analysis.report.sections.comparison_looks import (
+from analysis.report.sections.comparison.looks import (
     MAX_METHODS,
     bounded,
     controls,

@@ -5,8 +5,8 @@ from typing import Any
 
 from analysis.report.artefacts import Artefacts
 from analysis.report.document import Block, Note, Section
-from analysis.report.sections.cost_data import layer_labels
-from analysis.report.sections.forecast_charts import (
+from analysis.report.sections.cost.data import layer_labels
+from analysis.report.sections.forecast.charts import (
     TOLERANCES,
     bytes_table,
     layer_figure,
@@ -14,7 +14,7 @@ from analysis.report.sections.forecast_charts import (
     suggestion_table,
     whole_figure,
 )
-from analysis.report.sections.forecast_data import (
+from analysis.report.sections.forecast.data import (
     WHOLE,
     Scope,
     choose_scope,

@@ -6,7 +6,7 @@ import pandas as pd
 
 from analysis.report.charts import BLUE, COLOURS, GREY, ORANGE, choice, slider
 from analysis.report.document import Column, Figure, Table
-from analysis.report.sections.forecast_data import WHOLE, has_divergence
+from analysis.report.sections.forecast.data import WHOLE, has_divergence
 from msmoe.forecast import Forecast
 
 HEIGHT = 320  # pixels

@@ -6,7 +6,7 @@ import pandas as pd
 
 from analysis.report.artefacts import Artefacts
 from analysis.report.document import Block, Fact, Facts, Note, Section, human_bytes
-from analysis.report.sections.cost_data import (
+from analysis.report.sections.cost.data import (
     MAX_CHECKPOINTS,
     Cost,
     gather_costs,
@@ -15,7 +15,7 @@ from analysis.report.sections.cost_data import (
     part_frame,
     step_frame,
 )
-from analysis.report.sections.cost_layers import (
+from analysis.report.sections.cost.layers import (
     drop_figure,
     error_figure,
     expert_table,
@@ -23,7 +23,7 @@ from analysis.report.sections.cost_layers import (
     rank_figure,
     refit_figure,
 )
-from analysis.report.sections.cost_size import recovery_table, size_blocks
+from analysis.report.sections.cost.size import recovery_table, size_blocks
 
 MAX_EXPERTS, MIN_EXPERTS = 30, 10  # in the table of those that lost most: in all, of one checkpoint
 

@@ -11,7 +11,7 @@ import pandas as pd
 from analysis.comparison_points import SAME_BYTES, Point, pareto_front, points, references, spread, value_range
 from analysis.report.charts import GREY, ORANGE
 from analysis.report.document import Figure, human_bytes
-from analysis.report.sections.comparison_looks import controls, distinct, kind_of, kind_scales, steps_control
+from analysis.report.sections.comparison.looks import controls, distinct, kind_of, kind_scales, steps_control
 from msmoe.compare.summary import Row, Summary, count
 
 Channel = Callable[[str], Any]  # field -> its channel on a shared axis

@@ -11,7 +11,7 @@ from scipy.spatial.distance import squareform
 
 from analysis.report.charts import INK, SEQUENTIAL, choice, short_names, stack_of
 from analysis.report.document import Figure
-from analysis.report.sections.domain_usage import MAX_PAIRED, Distances, Domains, bounded, mean_of_known, usage
+from analysis.report.sections.domains.usage import MAX_PAIRED, Distances, Domains, bounded, mean_of_known, usage
 
 MAX_CELLS, MAX_PANEL_CELLS = 60_000, 20_000  # of the map: on the page, in files
 MAX_SHOWN = 24  # domains there

@@ -13,7 +13,7 @@ from scipy.stats import pearsonr, spearmanr
 from analysis.report.artefacts import Artefacts, Comparison
 from analysis.report.charts import stack_of
 from analysis.report.document import shorten
-from analysis.report.sections.cost_data import MAX_NAME
+from analysis.report.sections.cost.data import MAX_NAME
 from msmoe.calibration.stats import Stats
 from msmoe.compare.summary import FULL
 from msmoe.errors import UserError
@@ -160,16 +160,17 @@ def measured_frame(comparison: Comparison, found: Forecast) -> pd.DataFrame:
     """
     cells = [cell for cell in comparison.content["cells"] if not cell.get("recover_steps")]
     mine = [cell for cell in cells if cell["method"] == found.method and cell.get("kept")]
-    full = [mean_loss(cell) for cell in cells if cell["method"] == FULL]
+    full = [loss for cell in cells if cell["method"] == FULL and (loss := mean_loss(cell)) is not None]
     rows = []
     for cell in mine:
         at = {name: predicted_at(found, name, size) for name, size in cell["kept"].items() if name in found.layers}
-        if full and at:
+        loss = mean_loss(cell)
+        if full and at and loss is not None:
             total = float(np.sum(list(at.values()))) if has_divergence(found) else float(np.mean(list(at.values())))
-            rows.append((WHOLE, cell["experts"], total, mean_loss(cell) - float(np.mean(full))))
-        for name, loss in (cell.get("layer_loss") or {}).items():
+            rows.append((WHOLE, cell["experts"], total, loss - float(np.mean(full))))
+        for name, increase in (cell.get("layer_loss") or {}).items():
             if name in at:
-                rows.append((name, cell["kept"][name], at[name], loss))
+                rows.append((name, cell["kept"][name], at[name], increase))
     frame: Any = pd.DataFrame(rows, columns=pd.Index(["what", "size", "predicted", "measured"]))
     return frame.groupby(["what", "size"], sort=False, as_index=False).mean().dropna()
 
@@ -186,9 +187,10 @@ def predicted_at(found: Forecast, name: str, size: float) -> float:
     return float(np.interp(size, layer.sizes, values, left=np.nan, right=np.nan))
 
 
-def mean_loss(cell: dict) -> float:
-    """Loss per token, mean over the tasks."""
-    return float(np.mean([task["metrics"]["loss"]["value"] for task in cell["tasks"].values()]))
+def mean_loss(cell: dict) -> float | None:
+    """Loss per token, mean over the tasks; None unless it was measured on all of them."""
+    losses = [task["metrics"].get("loss", {}).get("value") for task in cell["tasks"].values()]
+    return None if None in losses or not losses else float(np.mean(losses))
 
 
 def correlations(frame: pd.DataFrame) -> tuple[float, float] | None:

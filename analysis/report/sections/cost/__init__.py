@@ -1,0 +1,5 @@
+"""What it cost: bytes, output errors, stable ranks and dropped tokens of compressed checkpoints."""
+
+from analysis.report.sections.cost.chapter import section
+
+__all__ = ["section"]
