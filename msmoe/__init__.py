@@ -19,10 +19,12 @@ from msmoe.calibration.profile import profile
 from msmoe.calibration.stats import Stats
 from msmoe.compare.run import compare
 from msmoe.errors import UserError
-from msmoe.evaluate.results import TaskResult, save_results
+from msmoe.evaluate.results import TaskResult, results_frame, save_results
 from msmoe.evaluate.run import evaluate
 from msmoe.factorize.run import FactorizeReport, factorize
+from msmoe.forecast import Forecast, forecast
 from msmoe.inspect import Summary, inspect
+from msmoe.layer_errors import LayerError, layer_errors
 from msmoe.loading import load
 from msmoe.methods import METHODS
 from msmoe.plan import Plan
@@ -38,6 +40,8 @@ __all__ = [
     "METHODS",
     "ApplyReport",
     "FactorizeReport",
+    "Forecast",
+    "LayerError",
     "Plan",
     "RecoverReport",
     "Stats",
@@ -48,11 +52,14 @@ __all__ = [
     "compare",
     "evaluate",
     "factorize",
+    "forecast",
     "inspect",
+    "layer_errors",
     "load",
     "plan",
     "profile",
     "recover",
     "report",
+    "results_frame",
     "save_results",
 ]

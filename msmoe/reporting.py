@@ -7,11 +7,13 @@ if TYPE_CHECKING:
     from analysis.report import Report
 
 
-def report(*artefacts: object, tell: Callable[[int, int, str], None] | None = None) -> "Report":
+def report(*artefacts: object, thorough: bool = False, tell: Callable[[int, int, str], None] | None = None) -> "Report":
     """Make a report of statistics, plans, checkpoints and results of one model; a notebook shows it as it is.
 
     Args:
         artefacts: paths, or objects as `msmoe` returns them: `Stats`, `Plan`, the results of `compare`.
+        thorough: forecast every layer at every size and measure all that can be measured, however long it takes; by
+            default each of these gets a few seconds, and the report says what was left out.
         tell: called with (steps done, steps in all, what is being done).
 
     Returns:
@@ -22,4 +24,4 @@ def report(*artefacts: object, tell: Callable[[int, int, str], None] | None = No
     """
     from analysis.report import report as make
 
-    return make(*artefacts, tell=tell)
+    return make(*artefacts, thorough=thorough, tell=tell)

@@ -12,15 +12,9 @@ from msmoe.apply import apply
 from msmoe.calibration.profile import profile
 from msmoe.demo import CALIBRATION, CHECKPOINT
 from msmoe.errors import UserError
-from msmoe.forecast import (
-    Forecast,
-    LayerForecast,
-    default_sizes,
-    forecast,
-    split_records,
-    target_tokens,
-    token_divergence,
-)
+from msmoe.forecast import Forecast, LayerForecast, default_sizes, forecast
+from msmoe.forecast.run import split_records, target_tokens
+from msmoe.forecast.trial import token_divergence
 from msmoe.layer_errors import layer_errors
 from msmoe.loading import load
 from msmoe.planning import Planner

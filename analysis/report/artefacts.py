@@ -88,6 +88,7 @@ class Artefacts:
         stats: statistics, one for each calibration data set.
         plans: plans given as files; those inside of compressed checkpoints are there.
         compressed: checkpoints made from the original, in the order given.
+        is_thorough: compute what takes long in full; otherwise a few seconds' worth of it.
     """
 
     original: CheckpointFolder | None
@@ -96,6 +97,7 @@ class Artefacts:
     compressed: tuple[CheckpointFolder, ...]
     comparisons: tuple[Comparison, ...]
     evaluations: tuple[Evaluation, ...]
+    is_thorough: bool = False
 
     @cached_property
     def calibration(self) -> Stats | None:
@@ -127,11 +129,12 @@ class Artefacts:
         return {name: layer.num_experts for name, layer in self.plan.plan.layers.items()} if self.plan else {}
 
 
-def gather(items: Sequence[object]) -> Artefacts:
+def gather(items: Sequence[object], *, thorough: bool = False) -> Artefacts:
     """Open artefacts, paths or objects of the API, and check that they are of one model.
 
     Args:
         items: paths; or `Stats`, `Plan`, and results of `compare` as `msmoe` returns them.
+        thorough: see `Artefacts.is_thorough`.
 
     Raises:
         UserError: for something that is no artefact, or that belongs to another checkpoint than the first one.
@@ -155,6 +158,7 @@ def gather(items: Sequence[object]) -> Artefacts:
         compressed=tuple(folder for folder in folders if not folder.is_original),
         comparisons=tuple(item for item in opened if isinstance(item, Comparison)),
         evaluations=tuple(item for item in opened if isinstance(item, Evaluation)),
+        is_thorough=thorough,
     )
 
 

@@ -64,17 +64,19 @@ class Report:
         )
 
 
-def report(*artefacts: object, tell: Tell | None = None) -> Report:
+def report(*artefacts: object, thorough: bool = False, tell: Tell | None = None) -> Report:
     """Make a report of statistics, plans, checkpoints and results of one model.
 
     Args:
         artefacts: paths, or objects as `msmoe` returns them: `Stats`, `Plan`, the results of `compare`.
+        thorough: forecast every layer at every size and measure all that can be measured, however long it takes; by
+            default each of these gets a few seconds, and the report says what was left out.
         tell: called with (steps done, steps in all, what is being done).
 
     Raises:
         UserError: for something that is no artefact, or artefacts of different checkpoints.
     """
-    found = gather(artefacts)
+    found = gather(artefacts, thorough=thorough)
     sections = []
     for done, make in enumerate(SECTIONS):
         say = _teller(tell, done, make.__module__.split(".")[3])

@@ -96,9 +96,10 @@ class Facts:
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence, for example on what is missing and how to get it."""
+    """A sentence, for example on what is missing and how to get it; `items` are a list below it."""
 
     text: str
+    items: tuple[str, ...] = ()
 
 
 Block = Figure | Table | Facts | Note

@@ -56,7 +56,7 @@ def pack_charts(document: Document) -> tuple[dict[str, dict], dict[str, dict]]:
     specs, datasets = {}, {}
     for figure in document.figures():
         spec = to_spec(figure.chart) | {"description": f"{figure.title}. {figure.reading}"}
-        own = spec.pop("datasets", {})
+        own: dict[str, list] = spec.pop("datasets", {})
         specs[figure.name] = spec | {"uses": list(own)}
         datasets |= {name: rows for name, rows in own.items() if name not in datasets}
     return specs, {name: pack(rows) for name, rows in datasets.items()}

@@ -41,6 +41,7 @@ def section_text(section: Section, stats: Stats | None) -> Iterator[RenderableTy
             yield facts_grid(block)
         elif isinstance(block, Note):
             yield Text(f"note: {printable(block.text)}", style="italic")
+            yield from (Text(f"  - {printable(item)}", style="italic") for item in block.items)
         elif isinstance(block, Table) and block.is_essential and len(block.frame):
             yield Text()
             yield table_grid(block)

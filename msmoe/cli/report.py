@@ -18,12 +18,18 @@ from msmoe.errors import UserError
     "--figures", type=click.Path(path_type=Path), help="Folder for every figure as PNG and SVG, every table as CSV."
 )
 @click.option("--terminal", is_flag=True, help="Print the essentials as text.")
+@click.option(
+    "--thorough",
+    is_flag=True,
+    help="Forecast every layer at every size and measure all there is, however long it takes; without it, a few "
+    "seconds' worth.",
+)
 @click.option("--open", "opens", is_flag=True, help="Open the page in the browser.")
 @force_option
 @json_option
 def command(
-    artefacts: tuple[Path, ...], out: Path | None, figures: Path | None, terminal: bool, opens: bool, force: bool,
-    as_json: bool,
+    artefacts: tuple[Path, ...], out: Path | None, figures: Path | None, terminal: bool, thorough: bool, opens: bool,
+    force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what statistics, plans, checkpoints and results say: a page to read, figures for a paper.
 
@@ -46,9 +52,9 @@ def command(
     if out is not None and out.exists() and not force:
         raise UserError(f"{out} exists; use --force to replace it")
     with progress("reading") as update:
-        made = report(*artefacts, tell=update)
+        made = report(*artefacts, thorough=thorough, tell=update)
     if as_json:
-        print_json({name: json.loads(frame.to_json(orient="records")) for name, frame in made.tables.items()})
+        print_json({name: json.loads(str(frame.to_json(orient="records"))) for name, frame in made.tables.items()})
     if figures is not None:
         with progress("drawing") as update:
             written = made.save_figures(figures, force=force, tell=update)

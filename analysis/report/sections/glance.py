@@ -101,7 +101,9 @@ def size_facts(sizes: pd.DataFrame) -> list[Fact]:
     names = {"original": "Size now"} | {f"{label} of the experts": f"Size at {label}" for label in SHARES}
     hints = {"predicted": "predicted, if merged", "original": "weights on disk"}
     return [
-        Fact(names[row.what], row.text, hints[row.kind]) for row in sizes.itertuples() if row.what in names
+        Fact(names[what], text, hints[kind])
+        for what, text, kind in zip(sizes.what, sizes.text, sizes.kind, strict=True)
+        if what in names
     ]  # what was written stands in the figure
 
 
@@ -122,8 +124,8 @@ def size_figure(sizes: pd.DataFrame) -> Figure:
     return Figure(
         "glance-sizes",
         "Size",
-        "Bytes of weights on disk: now, predicted for merging to a share of the experts (the first MoE layer of the encoder "
-        "kept), and of what was written. What merging cannot take away is everything but experts.",
+        "Bytes of weights on disk: now, predicted for merging to a share of the experts (the first MoE layer of the "
+        "encoder kept), and of what was written. What merging cannot take away is everything but experts.",
         (bars + labels).properties(width="container", height=BAR * len(sizes)),
     )
 
@@ -134,6 +136,6 @@ def notes(artefacts: Artefacts) -> list[Note]:
         found.append(Note("No statistics: give the directory that `msmoe profile` wrote to see how experts are used."))
     if artefacts.original is None:
         found.append(
-            Note("No original checkpoint: give its folder to see its size, similarities of weights and forecasts.")
+            Note("No original checkpoint: give its folder to see sizes, similarities of weights and forecasts.")
         )
     return found

@@ -62,7 +62,7 @@ def comparison_blocks(item: Comparison, suffix: str) -> list[Block]:
     summary = item.summary
     blocks: list[Block | None] = [pareto_figure(summary, f"comparison-pareto{suffix}")]
     if summary.warnings:
-        blocks.append(Note(f"Read with care: {caution(summary.warnings)}."))
+        blocks.append(caution(summary.warnings))
     blocks += [score_table(summary, f"comparison-scores{suffix}"), Note(" ".join(summary.legend))]
     blocks += [task_figure(summary, f"comparison-tasks{suffix}"), layer_figure(summary, f"comparison-layers{suffix}")]
     if item.content.get("cost"):
@@ -70,10 +70,12 @@ def comparison_blocks(item: Comparison, suffix: str) -> list[Block]:
     return [block for block in blocks if block is not None] + [Note(text) for text in lacking(item)]
 
 
-def caution(warnings: Sequence[str]) -> str:
-    texts = [shorten(text, WARNING) for text in warnings[:MAX_WARNINGS]]
-    more = f"; and {len(warnings) - MAX_WARNINGS} more, in comparison.md" if len(warnings) > MAX_WARNINGS else ""
-    return "; ".join(texts) + more
+def caution(warnings: Sequence[str]) -> Note:
+    """What to be careful about, the first few."""
+    items = [shorten(text, WARNING) for text in warnings[:MAX_WARNINGS]]
+    if len(warnings) > MAX_WARNINGS:
+        items.append(f"and {len(warnings) - MAX_WARNINGS} more, in comparison.md")
+    return Note("Read with care:", tuple(items))
 
 
 def lacking(item: Comparison) -> list[str]:

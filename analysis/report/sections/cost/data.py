@@ -108,7 +108,8 @@ def measure(
     try:
         found = layer_errors(
             original.checkpoint, folder.checkpoint, stats,
-            stable_ranks=rank_seconds([*original.summary.layers, *folder.summary.layers]) <= RANK_SECONDS,
+            stable_ranks=artefacts.is_thorough
+            or rank_seconds([*original.summary.layers, *folder.summary.layers]) <= RANK_SECONDS,
             progress=lambda done, total: say(f"layer {done} of {total}"),
         )  # fmt: skip
     except UserError as error:

@@ -31,6 +31,7 @@ from msmoe.planning import Planner
 
 KEY, TITLE = "forecast", "How far can I go"
 LEAD_TOLERANCE = 0.05
+NAMES = {"kl": "KL divergence", "text loss": "loss on text", "task loss": "loss on tasks"}
 NEEDS_ORIGINAL = (
     "Give the original checkpoint beside the statistics to see the error that fewer experts would make, by layer."
 )
@@ -39,8 +40,8 @@ NEEDS_STATISTICS = (
     "layer."
 )
 TOO_LARGE = (
-    "A forecast of this checkpoint takes too long for a report. In Python, the module msmoe.forecast makes it for "
-    "the layers and sizes of your choice."
+    "A forecast of this checkpoint takes long: --thorough makes it, and in Python msmoe.forecast for the layers and "
+    "sizes of your choice."
 )
 
 
@@ -97,7 +98,7 @@ def bounded(scope: Scope) -> str:
         if scope.is_whole
         else f"{len(scope.layers)} of {len(scope.compressible)} layers, spread over the model, and "
     )
-    return f"To bound the work, {layers}{len(scope.sizes)} sizes were tried."
+    return f"To bound the work, {layers}{len(scope.sizes)} sizes were tried; --thorough tries all."
 
 
 def measured_blocks(artefacts: Artefacts, found: Forecast, short: dict[str, str]) -> list[Block]:
@@ -149,12 +150,12 @@ def check_text(checked: dict, method: str) -> str:
     whole = checked.get("comparison", {}).get("whole", {})
     which = method if method in whole else "both"
     ranks = {name: found.get("spearman") for name, found in whole.get(which, {}).get("kl", {}).items()}
-    known = [f"{name} {rank:.2f}" for name, rank in ranks.items() if isinstance(rank, float)]
+    known = [f"{NAMES.get(name, name)} {rank:.2f}" for name, rank in ranks.items() if isinstance(rank, float)]
     verdict = next(iter(checked.get("conclusion", ())), "")
     if not known:
         return ""
     of = f"method {method}" if which == method else "methods m-smoe and m-smoe-refit together"
     return (
-        f"How far to trust this: on the demo checkpoint, {of}, the Spearman correlation of the predicted KL "
-        f"divergence with what was measured over sizes is {', '.join(known)}. {verdict[:1].upper()}{verdict[1:]}."
+        f"How far to trust this: on the demo checkpoint, {of}, the Spearman correlation over sizes of the predicted KL "
+        f"divergence with what was measured is: {', '.join(known)}. {verdict[:1].upper()}{verdict[1:]}."
     )

@@ -18,7 +18,7 @@ from msmoe.calibration.stats import Stats
 from msmoe.compare.summary import FULL
 from msmoe.errors import UserError
 from msmoe.families import MoELayer
-from msmoe.forecast import Forecast, forecast
+from msmoe.forecast import Forecast, default_sizes, forecast
 from msmoe.methods import METHODS, REROUTING, check_statistics, resolve
 from msmoe.plan import Plan
 from msmoe.planning import Planner, predict, sketch
@@ -74,13 +74,15 @@ def choose_scope(artefacts: Artefacts, planner: Planner) -> Scope | None:
     method = forecast_method(artefacts, planner.stats)
     layers = planner.compressible(kept_layers(artefacts, planner))
     num_experts = min(layer.num_experts for layer in layers)
+    names = tuple(layer.name for layer in layers)
+    if artefacts.is_thorough:
+        return Scope(method, names, tuple(default_sizes(num_experts)), names)
     cost = max(seconds(method, layer) for layer in layers)
     allowed = SECONDS / cost
     sizes = thinned(num_experts, max(int(allowed / len(layers)), FEWEST_SIZES))
     count = min(len(layers), max(int(allowed / len(sizes)), FEWEST_LAYERS))
     if count * len(sizes) * cost > MOST_SECONDS:
         return None
-    names = tuple(layer.name for layer in layers)
     places = sorted({int(i) for i in np.linspace(0, len(names) - 1, count).round()})
     return Scope(method, tuple(names[i] for i in places), (*sizes, num_experts), names)
 

@@ -86,8 +86,8 @@ def obstacle(base: str, metric: str, artefacts: Artefacts) -> str:
         return ""
     if artefacts.original is None:
         return "it needs weights, give the original checkpoint beside the statistics"
-    if work(base, artefacts.original) > MAX_WORK:
-        return "it would take too long for a report"
+    if work(base, artefacts.original) > MAX_WORK and not artefacts.is_thorough:
+        return "it would take long; --thorough computes it"
     return ""
 
 
