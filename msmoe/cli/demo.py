@@ -64,7 +64,7 @@ def command(
 
     echo(f"[bold]1. Profile[/bold] {CHECKPOINT.name} on {CALIBRATION.name}")
     with progress("profiling") as update:
-        stats = profile(CHECKPOINT, CALIBRATION, samples=512, token_sample=16384, progress=update)
+        stats = profile(CHECKPOINT, CALIBRATION, samples=512, token_sample=16384, fisher=64, progress=update)
     stats.save(folder / "stats", force=True)
     echo(usage_table(stats))
 
@@ -119,7 +119,9 @@ def command(
     page = folder / "report.html"
     with progress("reporting") as update:
         measured = [results_file(path, folder) for path in checkpoints]
-        make_report(CHECKPOINT, folder / "stats", *checkpoints[1:], *measured, tell=update).save(page, force=True)
+        make_report(CHECKPOINT, folder / "stats", *checkpoints[1:], *measured, thorough=True, tell=update).save(
+            page, force=True
+        )
     echo(f"usage, similarity, plan, cost and forecast on one page: open {page} in a browser")
     echo(f"\nmerging took {seconds:.0f} s, all of it {time.perf_counter() - started:.0f} s; files are in {folder}")
 

@@ -178,7 +178,15 @@ def test_many_experts_are_bounded_to_a_few_layers_and_sizes(switch, stats):
 
 def test_what_was_left_out_stands_in_the_reading_aid(switch, stats):
     scope = choose_scope(gather([switch, stats]), big_planner(24, 256, 128, stats))
-    assert chapter.bounded(scope) == "To bound the work, 4 of 24 layers, spread over the model, and 4 sizes were tried."
+    assert chapter.bounded(scope) == (
+        "To bound the work, 4 of 24 layers, spread over the model, and 4 sizes were tried; --thorough tries all."
+    )
+
+
+def test_a_thorough_report_forecasts_every_layer_at_every_default_size(switch, stats):
+    scope = choose_scope(gather([switch, stats], thorough=True), big_planner(24, 256, 128, stats))
+    assert len(scope.layers) == 24
+    assert scope.sizes == (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 def test_a_checkpoint_that_takes_too_long_is_not_forecast(switch, stats):
