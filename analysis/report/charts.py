@@ -4,13 +4,12 @@ Colours are those of Okabe and Ito and the map `cividis`: distinct with any colo
 and axes take the colour of the text around them.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
 
-from analysis.report.document import shorten
+from analysis.report.document import distinct
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, GREY = COLOURS
@@ -66,22 +65,14 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     """
     paths = [name.split(".") for name in names]
     if len(set(names)) < 2 or len({len(path) for path in paths}) > 1:
-        return cut_apart({name: name for name in names})
+        return dict(zip(names, distinct(names), strict=True))
     kept = [i for i in range(len(paths[0])) if len({path[i] for path in paths}) > 1]
     for i in reversed(kept.copy()):
         fewer = [j for j in kept if j != i]
         if fewer and len({tuple(path[j] for j in fewer) for path in paths}) == len(paths):
             kept = fewer
-    return cut_apart({name: " ".join(path[j] for j in kept) for name, path in zip(names, paths, strict=True)})
-
-
-def cut_apart(labels: dict[str, str]) -> dict[str, str]:
-    """The same with labels cut to a length that fits a chart, numbered where two became the same."""
-    cut = {name: shorten(label) for name, label in labels.items()}
-    repeated = {label for label, count in Counter(cut.values()).items() if count > 1}
-    return {
-        name: f"{label} ({place})" if label in repeated else label for place, (name, label) in enumerate(cut.items(), 1)
-    }
+    labels = distinct([" ".join(path[j] for j in kept) for path in paths])
+    return dict(zip(names, labels, strict=True))
 
 
 def stack_of(name: str) -> str:

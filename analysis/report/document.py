@@ -1,5 +1,6 @@
 """What a report is made of, before it is drawn: sections of figures, tables, facts and notes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -149,3 +150,14 @@ def shorten(text: str, length: int = 40) -> str:
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     half = (length - 1) // 2
     return text if len(text) <= length else f"{text[: length - 1 - half]}…{text[-half:]}"
+
+
+def distinct(labels: Sequence[str], length: int = 40) -> list[str]:
+    """Printable labels of at most `length` characters, numbered from the second on where some would be the same."""
+    found: dict[str, None] = {}
+    for label in labels:
+        short, number = shorten(label, length), 2
+        while short in found:
+            short, number = f"{shorten(label, length - 6)} ({number})", number + 1
+        found[short] = None
+    return list(found)

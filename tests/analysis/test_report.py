@@ -20,7 +20,7 @@ import msmoe
 from analysis.report import report
 from analysis.report.artefacts import gather
 from analysis.report.charts import short_names
-from analysis.report.document import Column, shorten
+from analysis.report.document import Column, distinct, shorten
 from analysis.report.page import pack, script_json
 from analysis.report.terminal import characters, to_text
 from msmoe.calibration.stats import Stats
@@ -206,6 +206,12 @@ def test_layers_are_named_by_what_tells_them_apart():
 def test_a_long_name_is_cut_in_the_middle():
     assert shorten("a" * 30 + "b" * 30, 11) == "aaaaa…bbbbb"
     assert shorten("tab\there\n") == "tab\N{REPLACEMENT CHARACTER}here\N{REPLACEMENT CHARACTER}"
+
+
+def test_labels_that_would_be_the_same_are_numbered():
+    labels = ["original", "out", "original", "out", "out (2)"]
+    assert distinct(labels) == ["original", "out", "original (2)", "out (2)", "out (2) (2)"]
+    assert distinct(["a" * 50, "a" * 60], 11) == ["aaaaa…aaaaa", "aa…aa (2)"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from analysis.report.document import Column, Document, Figure, Note, Section, Ta
 from analysis.report.page import table_rows, to_html
 from analysis.report.sections.comparison.chapter import lead, score_table, section
 from analysis.report.sections.comparison.evaluations import evaluation_frame, evaluation_lead
-from analysis.report.sections.comparison.looks import distinct
+from analysis.report.sections.comparison.looks import short_texts
 from analysis.report.sections.comparison.pareto import method_frame, pareto_figure
 from analysis.report.sections.comparison.runs import Mean, run_frame
 from analysis.report.sections.comparison.settings import setting_frame
@@ -318,7 +318,7 @@ def walk(node: object):
 
 
 def test_names_that_shorten_to_the_same_are_numbered():
-    short = distinct(HOSTILE[4:6], 20)
+    short = short_texts(HOSTILE[4:6], 20)
     assert len(set(short.values())) == 2
     assert max(map(len, short.values())) <= 20
 

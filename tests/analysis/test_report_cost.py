@@ -16,7 +16,6 @@ from analysis.report.document import Figure, Note, Table
 from analysis.report.sections.cost import chapter as cost
 from analysis.report.sections.cost.data import (
     Cost,
-    distinct_labels,
     experts_before,
     gather_costs,
     layer_frame,
@@ -252,12 +251,6 @@ def test_recovery_shows_the_validation_loss_before_and_after(exact, tmp_path):
     row = tables["cost-recovery"].frame.iloc[0]
     assert (row.steps, row.best_step, row.records, row.before, row.after) == (30, 20, 90, 4.5, 3.25)
     assert "cost-recovery" not in names_of(section_of(exact))
-
-
-def test_labels_that_are_the_same_are_numbered():
-    assert distinct_labels(["original", "out", "original", "out", "out (2)"]) == [
-        "original", "out", "original (2)", "out (2)", "out (2) (2)",
-    ]  # fmt: skip
 
 
 def test_a_native_checkpoint_knows_from_its_plan_what_it_was_made_of(native):

@@ -10,9 +10,8 @@ import vl_convert
 from tiny import LAYERS, compress
 
 from analysis.report.artefacts import Comparison, LabelledPlan, gather
-from analysis.report.charts import to_spec
+from analysis.report.charts import short_names, to_spec
 from analysis.report.document import Figure, Note, Table
-from analysis.report.sections.cost.data import layer_labels
 from analysis.report.sections.forecast import chapter
 from analysis.report.sections.forecast import data as forecast_data
 from analysis.report.sections.forecast.charts import layer_figure, measured_figure
@@ -87,14 +86,14 @@ def test_curves_are_those_of_the_forecast(section, switch, full_stats):
 
 
 def test_the_marks_of_a_tolerance_are_what_the_forecast_suggests():
-    frame = curve_frame(by_hand(), layer_labels(LAYERS[:2]))
+    frame = curve_frame(by_hand(), short_names(LAYERS[:2]))
     for tolerance in (0.01, 0.05, 0.1, 0.2, 0.5):
         within = frame[frame.needed <= tolerance]
         assert within.groupby("name")["size"].min().to_dict() == by_hand().suggest(tolerance)
 
 
 def test_the_tolerance_that_a_size_needs_is_the_largest_error_from_there_on():
-    frame = curve_frame(by_hand(), layer_labels(LAYERS[:2]))
+    frame = curve_frame(by_hand(), short_names(LAYERS[:2]))
     assert frame[frame.name == LAYERS[1]].needed.tolist() == [0.3, 0.08, 0.08, 0.0]
 
 
@@ -290,7 +289,7 @@ def test_every_figure_can_be_drawn(section):
 def test_hostile_names_in_few_and_many_layers_are_data(num_layers):
     curve = by_hand(kl=True).layers[LAYERS[0]]
     found = Forecast("m-smoe-refit", {f"{HOSTILE} {i}.{'x' * 10_000}": curve for i in range(num_layers)})
-    frame = curve_frame(found, layer_labels(list(found.layers)))
+    frame = curve_frame(found, short_names(list(found.layers)))
     assert (frame.layer.str.len() <= 40).all()
     kept = dict.fromkeys(found.layers, 2)
     cells = [cell("full", 8, 1.0), *(cell("m-smoe-refit", n, 1.5, kept=kept, layer_loss=kept) for n in (2, 3))]

@@ -7,9 +7,8 @@ import pandas as pd
 
 from analysis.cost_tables import MEASURES, value
 from analysis.report.artefacts import Artefacts, Comparison
-from analysis.report.document import Block, Column, Facts, Note, Section, Table, shorten
+from analysis.report.document import Block, Column, Facts, Note, Section, Table, distinct, shorten
 from analysis.report.sections.comparison.evaluations import evaluation_blocks, evaluation_lead
-from analysis.report.sections.comparison.looks import distinct
 from analysis.report.sections.comparison.pareto import pareto_figure
 from analysis.report.sections.comparison.runs import run_blocks
 from analysis.report.sections.comparison.tasks import layer_figure, task_figure
@@ -28,7 +27,7 @@ def section(artefacts: Artefacts, say: Callable[[str], None]) -> Section | None:
     comparisons = artefacts.comparisons[:MAX_COMPARISONS]
     if not comparisons and not artefacts.evaluations:
         return None
-    labels = list(distinct_labels([item.label for item in comparisons]))
+    labels = distinct([item.label for item in comparisons])
     leads, blocks = [], []
     for i, (item, label) in enumerate(zip(comparisons, labels, strict=True)):
         say(label)
@@ -45,12 +44,6 @@ def section(artefacts: Artefacts, say: Callable[[str], None]) -> Section | None:
         leads.append(evaluation_lead(artefacts.evaluations))
         blocks += evaluation_blocks(artefacts.evaluations)
     return Section("comparison", "Comparison", " ".join(leads), tuple(blocks))
-
-
-def distinct_labels(labels: Sequence[str]) -> list[str]:
-    """Labels of runs, numbered where two are the same."""
-    numbered = [f"{label} ({i})" if labels.count(label) > 1 else label for i, label in enumerate(labels, start=1)]
-    return list(distinct(numbered).values())
 
 
 def titled(block: Block, prefix: str) -> Block:

@@ -8,7 +8,7 @@ import pandas as pd
 from analysis.report.artefacts import Evaluation
 from analysis.report.charts import COLOURS, GREY
 from analysis.report.document import Block, Column, Figure, Note, Table, shorten
-from analysis.report.sections.comparison.looks import MAX_NAME, controls, distinct
+from analysis.report.sections.comparison.looks import MAX_NAME, controls, short_texts
 from msmoe.errors import UserError
 
 METRICS = {
@@ -43,7 +43,7 @@ def evaluation_frame(evaluations: Sequence[Evaluation]) -> pd.DataFrame:
     frame = pd.DataFrame([{"file": i, "label": label} | record for i, label, record in records])
     if frame.empty:
         return frame
-    return frame.assign(checkpoint=checkpoint_labels(frame), task=frame.task.map(distinct(frame.task, 40)))
+    return frame.assign(checkpoint=checkpoint_labels(frame), task=frame.task.map(short_texts(frame.task, 40)))
 
 
 def metric_records(found: Mapping) -> list[dict[str, object]]:
@@ -78,7 +78,7 @@ def checkpoint_labels(frame: pd.DataFrame) -> pd.Series:
     numbered = {(name, file): None for _, name, file in names}
     repeated = [name for name, _ in numbered]
     unique = [f"{name} ({file + 1})" if repeated.count(name) > 1 else name for _, name, file in names]
-    return pd.Series(unique, index=frame.index).map(distinct(unique, 40))
+    return pd.Series(unique, index=frame.index).map(short_texts(unique, 40))
 
 
 def evaluation_lead(evaluations: Sequence[Evaluation]) -> str:

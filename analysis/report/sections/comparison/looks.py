@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import altair as alt
 
 from analysis.report.charts import BLUE, GREEN, GREY, PINK, SKY, YELLOW, choice
-from analysis.report.document import shorten
+from analysis.report.document import distinct, shorten
 from msmoe.compare.summary import Row, Summary
 
 MAX_METHODS = 40  # in a chart, the best ones
@@ -16,15 +16,10 @@ OTHER_LOOKS = ((YELLOW, "diamond"), (SKY, "triangle-down"), (GREY, "cross"))
 Control = tuple[str, str, Sequence[str], Sequence[str]]  # field that it filters by, label, values, names of these
 
 
-def distinct(names: Iterable[str], length: int = MAX_NAME) -> dict[str, str]:
-    """Names -> short ones, numbered where two would be the same."""
-    found: dict[str, str] = {}
-    for name in dict.fromkeys(names):
-        short, number = shorten(name, length), 2
-        while short in found.values():
-            short, number = f"{shorten(name, length - 4)} ({number})", number + 1
-        found[name] = short
-    return found
+def short_texts(names: Iterable[str], length: int = MAX_NAME) -> dict[str, str]:
+    """Names -> labels that tell them apart."""
+    once = list(dict.fromkeys(names))
+    return dict(zip(once, distinct(once, length), strict=True))
 
 
 def kind_of(row: Row) -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 from analysis.comparison_points import SAME_BYTES, Point, pareto_front, points, references, spread, value_range
 from analysis.report.charts import GREY, ORANGE
 from analysis.report.document import Figure, human_bytes
-from analysis.report.sections.comparison.looks import controls, distinct, kind_of, kind_scales, steps_control
+from analysis.report.sections.comparison.looks import controls, kind_of, kind_scales, short_texts, steps_control
 from msmoe.compare.summary import Row, Summary, count
 
 Channel = Callable[[str], Any]  # field -> its channel on a shared axis
@@ -56,7 +56,7 @@ def pareto_figure(summary: Summary, name: str) -> Figure | None:
 def method_frame(summary: Summary) -> pd.DataFrame:
     """One row per method, size and recovery; `label` is the height of its name if it is on the front."""
     rows = {(row.method, i): row for i, size in enumerate(summary.sizes) for row in size.methods}
-    short = distinct(method for method, _ in rows)
+    short = short_texts(method for method, _ in rows)
     ids = {method: str(i) for i, method in enumerate(short)}
     records = []
     for steps in summary.recover_steps:
@@ -186,7 +186,7 @@ def reference_frame(summary: Summary) -> pd.DataFrame:
     bottom, top = score_domain(summary)
     for steps in summary.recover_steps:
         found = references(summary, steps)
-        short = distinct((row.method for row, _ in found), 18)
+        short = short_texts((row.method for row, _ in found), 18)
         wanted = [(score.value - bottom) / (top - bottom) + 0.5 * LINE / HEIGHT for _, score in found]
         for (row, score), height in zip(found, spread(wanted, LINE / HEIGHT), strict=True):
             untrained = "" if steps in row.measurements else ", untrained"

@@ -10,7 +10,7 @@ import pandas as pd
 from analysis.report.artefacts import Comparison
 from analysis.report.charts import BLUE, GREY, ORANGE
 from analysis.report.document import Block, Column, Figure, Note, Table, human_bytes, shorten
-from analysis.report.sections.comparison.looks import MAX_METHODS, controls, distinct
+from analysis.report.sections.comparison.looks import MAX_METHODS, controls, short_texts
 from analysis.report.sections.comparison.settings import Labels, only_in_one, setting_frame, setting_table
 from msmoe.compare.reading import read
 from msmoe.compare.scoring import resample
@@ -81,7 +81,7 @@ def means(content: Mapping, tasks: Sequence[Task]) -> dict[Key, Mean]:
 def run_frame(first: Mapping[Key, Mean], second: Mapping[Key, Mean], tasks: Sequence[Task]) -> pd.DataFrame:
     """One row per method, size and recovery that both have; references have no size."""
     sign = -1 if tasks[0].lower_is_better else 1
-    methods = distinct((method for method, _, _ in first), NAME)
+    methods = short_texts((method for method, _, _ in first), NAME)
     records = []
     for key in (key for key in first if key in second):
         a, b = first[key], second[key]
@@ -175,7 +175,7 @@ def dumbbell_frame(frame: pd.DataFrame, labels: Labels) -> pd.DataFrame:
     is_reference = shown["size"].isna()
     parts = [shown.loc[is_reference | (shown["size"] == size)].assign(size=f"{size:g}") for size in sizes_of(shown)]
     placed = pd.concat(parts or [shown.assign(size="")], ignore_index=True)
-    placed = placed.assign(method=placed.method.map(distinct(placed.method)), steps=placed.steps.astype(str))
+    placed = placed.assign(method=placed.method.map(short_texts(placed.method)), steps=placed.steps.astype(str))
     runs = []
     for run, (own, other) in enumerate((("first", "second"), ("second", "first"))):
         names = {own: "value", f"{own}_low": "low", f"{own}_high": "high", f"{own}_text": "text", other: "other"}

@@ -11,9 +11,9 @@ from analysis.report.sections.comparison.looks import (
     MAX_METHODS,
     bounded,
     controls,
-    distinct,
     kind_of,
     kind_scales,
+    short_texts,
     size_control,
     steps_control,
 )
@@ -47,7 +47,7 @@ def task_figure(summary: Summary, name: str) -> Figure | None:
 
 
 def task_control(summary: Summary) -> tuple[str, str, list[str], list[str]]:
-    titles = list(distinct(["", *(task.name for task in summary.tasks)], 40).values())
+    titles = list(short_texts(["", *(task.name for task in summary.tasks)], 40).values())
     titles[0] = summary.mean_title
     return "task", "Task", [str(i) for i in range(len(titles))], titles
 
@@ -60,7 +60,7 @@ def max_methods(summary: Summary) -> int:
 
 def task_frame(summary: Summary) -> pd.DataFrame:
     """One row per method, size, recovery and task (0 is the mean): `gain` over the full model, `order` by the mean."""
-    short = distinct(standing(summary)[: max_methods(summary)])
+    short = short_texts(standing(summary)[: max_methods(summary)])
     sign = -1 if summary.mean_metric == "loss" else 1
     records = []
     for steps in summary.recover_steps:
@@ -187,7 +187,7 @@ def layer_frame(summary: Summary) -> pd.DataFrame:
     methods = standing(summary)[:MAX_METHODS]
     methods += dict.fromkeys(row.method for _, row in rows if row.is_reference)
     names = short_names(list(dict.fromkeys(layer for _, row in rows for layer in row.layer_loss)))
-    short, layers = distinct(methods), distinct(names.values())
+    short, layers = short_texts(methods), short_texts(names.values())
     places = {layer: i for i, layer in enumerate(names)}
     records = [
         {

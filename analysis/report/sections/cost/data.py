@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis.report.artefacts import Artefacts, CheckpointFolder
 from analysis.report.charts import short_names
-from analysis.report.document import shorten
+from analysis.report.document import distinct
 from msmoe.calibration.stats import Stats
 from msmoe.errors import UserError
 from msmoe.inspect import INDICES, LayerSummary
@@ -70,32 +70,14 @@ class Cost:
 def gather_costs(artefacts: Artefacts, say: Callable[[str], None]) -> list[Cost]:
     """The first compressed checkpoints, each measured if the original checkpoint and statistics are there."""
     folders = artefacts.compressed[:MAX_CHECKPOINTS]
-    labels = distinct_labels(["original", *(folder.label for folder in folders)])[1:]
+    labels = distinct(["original", *(folder.label for folder in folders)])[1:]
     names = dict.fromkeys(layer.name for folder in folders for layer in folder.summary.layers)
-    short = layer_labels(list(names))
+    short = short_names(list(names))
     costs = []
     for i, (folder, label) in enumerate(zip(folders, labels, strict=True)):
         errors, lacking = measure(artefacts, folder, lambda note, label=label: say(f"{label}, {note}"))
         costs.append(Cost(str(i), label, folder, errors, lacking, short, experts_before(artefacts, folder)))
     return costs
-
-
-def layer_labels(names: Sequence[str]) -> dict[str, str]:
-    """Layer names -> short ones for charts, no two the same."""
-    short = short_names(names)
-    return dict(zip(short, distinct_labels([shorten(label, MAX_NAME) for label in short.values()]), strict=True))
-
-
-def distinct_labels(labels: Sequence[str]) -> list[str]:
-    """Labels, numbered from their second appearance on."""
-    seen: dict[str, None] = {}
-    for label in labels:
-        candidate, n = label, 1
-        while candidate in seen:
-            n += 1
-            candidate = f"{label} ({n})"
-        seen[candidate] = None
-    return list(seen)
 
 
 def measure(

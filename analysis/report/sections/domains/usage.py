@@ -12,7 +12,7 @@ from scipy.sparse import csr_array
 from scipy.special import entr
 
 from analysis.report.artefacts import LabelledStats
-from analysis.report.document import shorten
+from analysis.report.document import distinct
 from msmoe.calibration.stats import Stats
 from msmoe.plan import Plan
 
@@ -69,7 +69,10 @@ def find_domains(stats: Sequence[LabelledStats]) -> Domains:
     names, records, tokens, routed = zip(*found, strict=True)
     layers = stats[0].stats.layers
     return Domains(
-        unique(names), list(records), list(tokens), {layer: np.stack([r[layer] for r in routed]) for layer in layers}
+        distinct(names, MAX_NAME),
+        list(records),
+        list(tokens),
+        {layer: np.stack([r[layer] for r in routed]) for layer in layers},
     )
 
 
@@ -93,17 +96,6 @@ def whole_part(stats: Stats) -> Part:
 
 def added(a: Part, b: Part) -> Part:
     return a[0] + b[0], a[1] + b[1], {layer: counts + b[2][layer] for layer, counts in a[2].items()}
-
-
-def unique(names: Sequence[str]) -> list[str]:
-    """Short names, numbered where two would be the same."""
-    found: list[str] = []
-    for name in names:
-        short, number = shorten(name, MAX_NAME), 2
-        while short in found:
-            short, number = f"{shorten(name, MAX_NAME - 6)} ({number})", number + 1
-        found.append(short)
-    return found
 
 
 def usage(counts: np.ndarray) -> np.ndarray:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from analysis.report.artefacts import Artefacts
+from analysis.report.charts import short_names
 from analysis.report.document import Block, Note, Section
-from analysis.report.sections.cost.data import layer_labels
 from analysis.report.sections.forecast.charts import (
     TOLERANCES,
     bytes_table,
@@ -77,7 +77,7 @@ def lead(found: Forecast, scope: Scope) -> str:
 
 def blocks_of(artefacts: Artefacts, planner: Planner, found: Forecast, scope: Scope) -> list[Block]:
     experts = {layer.name: layer.num_experts for layer in planner.layers}
-    short = layer_labels(list(experts))
+    short = short_names(list(experts))
     blocks: list[Block] = [
         layer_figure(curve_frame(found, short), bounded(scope)),
         whole_figure(found, is_whole=scope.is_whole),

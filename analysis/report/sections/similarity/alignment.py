@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.report.artefacts import Artefacts, CheckpointFolder
-from analysis.report.charts import BLUE, GREY, ORANGE, choice, cut_apart, short_names
-from analysis.report.document import Block, Column, Figure, Table
+from analysis.report.charts import BLUE, GREY, ORANGE, choice, short_names
+from analysis.report.document import Block, Column, Figure, Table, distinct
 
 CONTROL = "alignment_checkpoint"
 MAX_POINTS = 4000  # members drawn, of all checkpoints together
@@ -28,7 +28,8 @@ def alignment_blocks(artefacts: Artefacts) -> list[Block]:
 
 def member_frame(folders: tuple[CheckpointFolder, ...]) -> pd.DataFrame:
     """One row per aligned expert: objective before and after, share (0 to 1) of its neurons that moved."""
-    labels = cut_apart({str(place): folder.label for place, folder in enumerate(folders)})
+    names = distinct([folder.label for folder in folders])
+    labels = {str(place): name for place, name in enumerate(names)}
     rows = []
     for place, folder in enumerate(folders):
         for group in folder.provenance.get("groups", ()):
