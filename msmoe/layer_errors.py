@@ -143,16 +143,33 @@ def check_layers(source: Checkpoint, family: Family, target: Checkpoint, stored_
 
 
 def computed_from(target: Checkpoint, plan: Plan | None, stats: Stats) -> bool:
-    """Whether merged weights were solved for, or weighed by, the tokens of these statistics."""
+    """Whether weights, mean outputs or routers were solved for, or weighed by, tokens of these statistics."""
     about = read_provenance(target)
     parameters = plan.parameters if plan else {}
     rule = RULES.get(parameters.get("rule", "average"))
-    uses_tokens = (
+    merging_does = (
         parameters.get("refit", "none") != "none"
+        or parameters.get("others") == "mean-output"
         or (rule is not None and rule.needs_tokens)
-        or bool(about.get("factors", {}).get("options", {}).get("refit"))
+        or bool(about.get("routers"))
     )
-    return uses_tokens and about.get("stats", {}).get("sha256") == stats.digest
+    factors = about.get("factors", {})
+    used = covered(about.get("stats", {})) if merging_does else frozenset()
+    if factors.get("options", {}).get("refit"):
+        used |= covered(factors.get("stats") or about.get("stats", {}))
+    return bool(used & stats.covers)
+
+
+def made_from(target: Checkpoint) -> frozenset[str]:
+    """Digests of all statistics that a compressed checkpoint says it was made from."""
+    about = read_provenance(target)
+    return covered(about.get("stats", {})) | covered(about.get("factors", {}).get("stats", {}))
+
+
+def covered(reference: dict) -> frozenset[str]:
+    """Digests behind a reference to statistics."""
+    digest = reference.get("sha256")
+    return frozenset(reference.get("parts") or ([digest] if digest else []))
 
 
 # ---- one layer, original or compressed

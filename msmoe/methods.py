@@ -5,8 +5,9 @@ existing one does.
 """
 
 import difflib
+import json
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 from msmoe.align import Alignment
 from msmoe.calibration.stats import LayerStats
@@ -337,6 +338,34 @@ def resolve(method: str, choices: dict) -> Parameters:
         parameters = replace(parameters, experts=1)
     check_combination(method, parameters, given)
     return parameters if parameters.others == "merge" else replace(parameters, align="none", rule="average")
+
+
+def variant(label: str) -> tuple[str, dict[str, Any]]:
+    """Method and choices of a label such as `m-smoe` or `reap:others=nearest:budget=adaptive`.
+
+    Raises:
+        UserError: for a choice that is no attribute of `Parameters`, or not of the form name=value.
+    """
+    method, *parts = label.split(":")
+    choices = {}
+    for part in parts:
+        name, equals, value = part.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            raise UserError(f"{label!r}: {part!r} is not of the form name=value, e.g. reap:others=nearest")
+        choose("parameter", name, tuple(f.name for f in fields(Parameters)))
+        if name == "experts":
+            raise UserError(f"{label!r}: the number of experts follows from the budget")
+        choices[name] = parse_value(value.strip())
+    return method, choices
+
+
+def parse_value(text: str) -> Any:
+    """A number, true, false or null, or else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def check_combination(method: str, parameters: Parameters, given: dict) -> None:

@@ -104,7 +104,7 @@ class Plan:
     parameters: dict[str, Any]
     seed: int
     checkpoint: dict[str, str]
-    stats: dict[str, str]
+    stats: dict[str, Any]
     layers: dict[str, LayerPlan]
     predicted: dict[str, int] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)

@@ -157,7 +157,7 @@ class Planner:
             parameters=asdict(request.parameters) | {"keep_layers": kept},
             seed=request.seed,
             checkpoint={"model_type": self.source.model_type, "fingerprint": self.source.fingerprint},
-            stats={"sha256": self.stats.digest},
+            stats=self.stats.reference,
             layers=layers,
             notes=notes,
         )

@@ -87,12 +87,12 @@ def write_factor_metadata(
         "format": FORMAT,
         "seed": 0,
         "source": {"model_type": source.model_type, "fingerprint": source.fingerprint},
-        "stats": {"sha256": stats.digest} if stats else {},
+        "stats": stats.reference if stats else {},
         **before,
         **sizes(source, layout, plan, before),
         "export": layout.kind,
         "versions": versions(),
-        "factors": {"options": options, "matrices": matrices},
+        "factors": {"options": options, "matrices": matrices, "stats": stats.reference if stats else {}},
     }
     write_files(writer, layout, family, source, plan, provenance)
 
@@ -141,6 +141,11 @@ def read_provenance(source: Checkpoint) -> dict:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) and content.get("format") == FORMAT else {}
+
+
+def original_fingerprint(source: Checkpoint) -> str:
+    """Fingerprint of the checkpoint that a compressed or fine-tuned one was made from, or of an original itself."""
+    return read_provenance(source).get("source", {}).get("fingerprint") or source.fingerprint
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ def report(*artefacts: object, thorough: bool = False, tell: Callable[[int, int,
     """Make a report of statistics, plans, checkpoints and results of one model; a notebook shows it as it is.
 
     Args:
-        artefacts: paths, or objects as `msmoe` returns them: `Stats`, `Plan`, the results of `compare`.
+        artefacts: paths, or objects as `msmoe` returns them: `Stats`, `Plan`, results of `compare` and `evaluate`.
         thorough: forecast every layer at every size and measure all that can be measured, however long it takes; by
             default each of these gets a few seconds, and the report says what was left out.
         tell: called with (steps done, steps in all, what is being done).

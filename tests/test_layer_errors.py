@@ -21,6 +21,7 @@ from msmoe.apply import apply
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
 from msmoe.factorize.measures import stable_rank
+from msmoe.factorize.run import factorize
 from msmoe.layer_errors import layer_errors, relative_errors
 from msmoe.loading import load
 from msmoe.plan import LayerPlan
@@ -169,6 +170,31 @@ def test_weights_that_were_solved_on_the_statistics_are_said_to_have_seen_them(s
     assert seen("refit", stats) == [False, True, True, True]  # the first layer is kept
     assert seen("refit", others) == [False] * 4
     assert seen("merged", stats) == [False] * 4
+
+
+def test_mean_outputs_and_fitted_routers_have_seen_their_statistics(switch, stats, compressed):
+    for name in ("mean outputs", "native"):
+        assert any(r.seen for r in layer_errors(switch, compressed(name), stats).values())
+
+
+def test_a_sum_of_statistics_is_seen_where_a_part_of_it_was(switch, stats, compressed, tmp_path):
+    other, third = (
+        profile_small(switch, write_records(tmp_path / f"{seed}.jsonl", random_records(30, seed=seed)))
+        for seed in (5, 6)
+    )
+    compress(switch, stats + other, tmp_path / "of-sum", method="m-smoe-refit")
+    seen = lambda folder, given: layer_errors(switch, folder, given, stable_ranks=False)[LAYER].seen
+    assert seen(compressed("refit"), stats + other)
+    assert seen(tmp_path / "of-sum", other)
+    assert not seen(tmp_path / "of-sum", third)
+
+
+def test_factors_that_were_refitted_on_other_statistics_have_seen_those(switch, stats, compressed, tmp_path):
+    other = profile_small(switch, write_records(tmp_path / "other.jsonl", random_records(30, seed=5)))
+    factorize(compressed("merged"), tmp_path / "factors", stats=other, rank=4, refit=True, workers=1)
+    seen = lambda given: layer_errors(switch, tmp_path / "factors", given, stable_ranks=False)[LAYER].seen
+    assert seen(other)
+    assert not seen(stats)
 
 
 def test_every_token_may_be_used_up_to_a_limit(switch, stats, compressed):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from analysis.report.document import shorten
 from msmoe.calibration.stats import Stats
 from msmoe.checkpoint import Checkpoint
@@ -14,11 +16,12 @@ from msmoe.compare.scoring import summarise
 from msmoe.compare.summary import Summary as ComparisonSummary
 from msmoe.errors import UserError
 from msmoe.evaluate.results import FORMAT as RESULTS
+from msmoe.evaluate.results import TaskResult
 from msmoe.inspect import Summary, inspect
 from msmoe.plan import FORMAT as PLAN
 from msmoe.plan import Plan
 from msmoe.planning import Planner
-from msmoe.provenance import read_provenance
+from msmoe.provenance import original_fingerprint, read_provenance
 
 KINDS = "a statistics directory, a plan, a checkpoint, or the results of `msmoe compare` or `msmoe evaluate`"
 
@@ -38,11 +41,9 @@ class CheckpointFolder:
         return not self.provenance
 
     @property
-    def source_fingerprint(self) -> str | None:
+    def source_fingerprint(self) -> str:
         """Of the original checkpoint that it is, or was made from."""
-        if self.is_original:
-            return self.checkpoint.fingerprint
-        return self.provenance.get("source", {}).get("fingerprint")
+        return original_fingerprint(self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,14 @@ class Artefacts:
         return sum(found[1:], found[0]) if found else None
 
     @cached_property
+    def num_shared_records(self) -> int:
+        """Sampled records that stand in more than one of the statistics, and so count more than once in all."""
+        records = [
+            torch.cat([layer.tokens().record for layer in item.stats.layers.values()]).unique() for item in self.stats
+        ]
+        return sum(map(len, records)) - len(torch.cat(records).unique()) if len(records) > 1 else 0
+
+    @cached_property
     def plan(self) -> LabelledPlan | None:
         """The plan that the report is about: the first given, else that of the first compressed checkpoint."""
         inside = (LabelledPlan(item.label, item.plan) for item in self.compressed if item.plan)
@@ -123,17 +132,24 @@ class Artefacts:
         """MoE layers -> number of experts, from whatever knows them; empty if nothing does."""
         if self.calibration is not None:
             return {name: layer.num_experts for name, layer in self.calibration.layers.items()}
-        for folder in (self.original, *self.compressed):
-            if folder is not None:
-                return {layer.name: layer.num_experts for layer in folder.summary.layers}
-        return {name: layer.num_experts for name, layer in self.plan.plan.layers.items()} if self.plan else {}
+        if self.original is not None:
+            return {layer.name: layer.num_experts for layer in self.original.summary.layers}
+        known: dict[str, int] = {}
+        for folder in self.compressed:  # a router may have lost rows: the plan knows how many there were
+            for layer in folder.summary.layers:
+                known[layer.name] = max(layer.num_experts, known.get(layer.name, 0))
+        plans = [*self.plans, *(folder for folder in self.compressed if folder.plan)]
+        for item in plans:
+            assert item.plan is not None
+            known |= {name: layer.num_experts for name, layer in item.plan.layers.items()}
+        return known
 
 
 def gather(items: Sequence[object], *, thorough: bool = False) -> Artefacts:
     """Open artefacts, paths or objects of the API, and check that they are of one model.
 
     Args:
-        items: paths; or `Stats`, `Plan`, and results of `compare` as `msmoe` returns them.
+        items: paths; or `Stats`, `Plan`, results of `compare` and of `evaluate` as `msmoe` returns them, also in lists.
         thorough: see `Artefacts.is_thorough`.
 
     Raises:
@@ -141,7 +157,7 @@ def gather(items: Sequence[object], *, thorough: bool = False) -> Artefacts:
     """
     if not items:
         raise UserError(f"nothing to report on: give {KINDS}")
-    opened = [open_artefact(item) for item in items]
+    opened = [open_artefact(item) for given in items for item in (given if isinstance(given, list) else [given])]
     check_same_model(opened)
     folders = [item for item in opened if isinstance(item, CheckpointFolder)]
     originals = [folder for folder in folders if folder.is_original]
@@ -149,8 +165,14 @@ def gather(items: Sequence[object], *, thorough: bool = False) -> Artefacts:
         raise UserError(f"{originals[0].label} and {originals[1].label} are the same checkpoint: give one of them")
     stats = tuple(item for item in opened if isinstance(item, LabelledStats))
     for i, item in enumerate(stats):
-        if item.stats.digest in [other.stats.digest for other in stats[:i]]:
+        if any(item.stats.covers & other.stats.covers for other in stats[:i]):
             raise UserError(f"{item.label} holds the same statistics as another artefact: give one of them")
+    comparisons = [item for item in opened if isinstance(item, Comparison)]
+    if any(a.content == b.content for i, a in enumerate(comparisons) for b in comparisons[:i]):
+        raise UserError(f"{comparisons[-1].label} holds the same results as another artefact: give one of them")
+    paths = [folder.checkpoint.path.resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise UserError(f"{max(paths, key=paths.count)} is given twice")
     return Artefacts(
         original=originals[0] if originals else None,
         stats=stats,
@@ -174,6 +196,8 @@ def open_artefact(item: object) -> Item:
         return LabelledPlan(item.method, item)
     if isinstance(item, dict):
         return read_results(item, "results")
+    if isinstance(item, TaskResult):
+        return Evaluation("results", (item.describe(),))
     if isinstance(item, str | Path):
         return open_path(Path(item))
     raise UserError(f"a report cannot show {type(item).__name__}: give {KINDS}")
@@ -208,10 +232,26 @@ def open_checkpoint(path: Path, label: str) -> CheckpointFolder:
     """A checkpoint folder; one with a provenance file is a compressed or fine-tuned one."""
     checkpoint = Checkpoint(path)
     plan = path / "plan.json"
-    provenance = read_provenance(checkpoint)
-    return CheckpointFolder(
-        label, checkpoint, inspect(path), provenance, Plan.load(plan) if provenance and plan.exists() else None
-    )
+    provenance, summary = read_provenance(checkpoint), inspect(path)
+    found = Plan.load(plan) if provenance and plan.exists() else None
+    if found is not None:
+        check_plan(label, summary, provenance, found)
+    return CheckpointFolder(label, checkpoint, summary, provenance, found)
+
+
+def check_plan(label: str, summary: Summary, provenance: dict, plan: Plan) -> None:
+    """Refuse a plan inside of a checkpoint that is not the one it was made by.
+
+    Raises:
+        UserError: if stored experts or merged groups differ.
+    """
+    stored = {layer.name: layer.num_stored for layer in summary.layers}
+    planned = {name: {group.members for group in layer.groups} for name, layer in plan.layers.items()}
+    groups = provenance.get("groups", ())
+    if any(stored.get(name) != len(members) for name, members in planned.items()) or any(
+        tuple(group["members"]) not in planned.get(group["layer"], ()) for group in groups
+    ):
+        raise UserError(f"plan.json in {label} is not the plan that the checkpoint was made by")
 
 
 def read_results(content: object, label: str, path: Path | None = None) -> Comparison | Evaluation:
@@ -268,4 +308,6 @@ def fingerprint_of(item: Item) -> str | None:
         return item.stats.checkpoint.get("fingerprint")
     if isinstance(item, LabelledPlan):
         return item.plan.checkpoint.get("fingerprint")
-    return item.content["checkpoint"].get("fingerprint") if isinstance(item, Comparison) else None
+    if isinstance(item, Comparison):
+        return item.content["checkpoint"].get("fingerprint")
+    return next((record["source"] for record in item.records if record.get("source")), None)

@@ -26,6 +26,9 @@ class Report:
     document: Document
     artefacts: Artefacts
 
+    def __repr__(self) -> str:
+        return f"Report({self.document.title!r}, {len(self.document.sections)} chapters of {self.document.subtitle})"
+
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
         """Name -> data of every table."""
@@ -68,7 +71,7 @@ def report(*artefacts: object, thorough: bool = False, tell: Tell | None = None)
     """Make a report of statistics, plans, checkpoints and results of one model.
 
     Args:
-        artefacts: paths, or objects as `msmoe` returns them: `Stats`, `Plan`, the results of `compare`.
+        artefacts: paths, or objects as `msmoe` returns them: `Stats`, `Plan`, results of `compare` and `evaluate`.
         thorough: forecast every layer at every size and measure all that can be measured, however long it takes; by
             default each of these gets a few seconds, and the report says what was left out.
         tell: called with (steps done, steps in all, what is being done).
@@ -108,9 +111,12 @@ def title_of(found: Artefacts) -> str:
 
 def subtitle_of(found: Artefacts) -> str:
     """The artefacts that it was made from."""
-    folders = [*([found.original] if found.original else []), *found.compressed]
     kinds = (
-        ("checkpoint", folders), ("statistics", found.stats), ("plan", found.plans), ("comparison", found.comparisons),
+        ("original", [found.original] if found.original else []),
+        ("compressed", found.compressed),
+        ("statistics", found.stats),
+        ("plan", found.plans),
+        ("comparison", found.comparisons),
         ("results", found.evaluations),
-    )  # fmt: skip
+    )
     return ", ".join(f"{kind} {item.label}" for kind, items in kinds for item in items)

@@ -80,15 +80,30 @@ def stack_of(name: str) -> str:
     return name.partition(".")[0]
 
 
-def to_spec(chart: alt.TopLevelMixin, *, still: bool = False) -> dict[str, Any]:
+def to_spec(chart: alt.TopLevelMixin, *, title: str = "") -> dict[str, Any]:
     """The Vega-Lite specification with the look of the house.
 
     Args:
-        still: for a file: white background, a fixed width in place of the page's.
+        title: for a file: it stands above with the settings of the controls, on white, and a fixed width takes the
+            place of the page's.
     """
     with alt.data_transformers.enable(consolidate_datasets=True, max_rows=None):
         spec = chart.to_dict()
-    spec["config"] = THEME | ({"background": "white"} if still else {})
-    if still and spec.get("width") == "container":
-        spec["width"] = STILL_WIDTH
+    spec["config"] = THEME
+    if title:
+        spec["config"] = THEME | {"background": "white"}
+        spec["title"] = {"text": title, "subtitle": settings(spec), "subtitleColor": INK, "fontSize": 14, "offset": 12}
+        if spec.get("width") == "container":
+            spec["width"] = STILL_WIDTH
     return spec
+
+
+def settings(spec: dict[str, Any]) -> str:
+    """What the controls of a chart say at first."""
+    found = []
+    for param in spec.get("params", ()):
+        bind = param.get("bind")
+        if isinstance(bind, dict) and "name" in bind:
+            labels = dict(zip(bind.get("options", ()), bind.get("labels", ()), strict=False))
+            found.append(f"{bind['name']}{labels.get(param.get('value'), param.get('value'))}")
+    return "; ".join(found)

@@ -29,7 +29,7 @@ def write_files(document: Document, out: Path, *, force: bool, tell: Callable[[i
         out.mkdir(parents=True, exist_ok=True)
         for done, figure in enumerate(figures):
             tell(done, len(figures), figure.name)
-            spec = to_spec(figure.still or figure.chart, still=True)
+            spec = to_spec(figure.still or figure.chart, title=figure.title)
             (out / f"{figure.name}.png").write_bytes(vl_convert.vegalite_to_png(spec, scale=SCALE))
             write_whole(out / f"{figure.name}.svg", vl_convert.vegalite_to_svg(spec))
         for table in tables:

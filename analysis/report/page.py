@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from analysis.report.charts import to_spec
 from analysis.report.document import Column, Document, Table
@@ -47,6 +49,7 @@ def to_html(document: Document) -> str:
         datasets=script_json(datasets),
         kind_of=lambda block: type(block).__name__,
         rows_of=table_rows,
+        words=words,
         version=version("msmoe"),
     )
 
@@ -93,6 +96,11 @@ def script_json(content: object) -> str:
         .replace("\u2028", "\\u2028")
         .replace("\u2029", "\\u2029")
     )
+
+
+def words(text: str) -> Markup:
+    """Text with what stands between backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def table_rows(table: Table) -> list[list[Cell]]:

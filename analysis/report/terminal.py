@@ -17,7 +17,7 @@ from msmoe.usage import effective_experts
 BLOCKS = " ▁▂▃▄▅▆▇█"
 SHADES = "·░▒▓█"
 MAX_CELLS = 64  # of the map; more experts share cells
-MAX_ROWS = 20  # of a table
+MAX_ROWS, MAX_COLUMNS = 20, 7  # of a table
 
 
 def to_text(report: Report) -> Group:
@@ -55,15 +55,16 @@ def facts_grid(block: Facts) -> Grid:
 
 
 def table_grid(table: Table) -> Grid:
-    """The first rows of a table."""
+    """The first rows and columns of a table."""
     more = len(table.frame) - MAX_ROWS
     title = table.title + (f" (first {MAX_ROWS} of {len(table.frame):,} rows)" if more > 0 else "")
     grid = Grid(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in table.columns:
+    columns = table.columns[:MAX_COLUMNS]
+    for column in columns:
         grid.add_column(column.heading, justify="left" if column.is_text else "right")
-    fields = [column.field for column in table.columns]
+    fields = [column.field for column in columns]
     for row in table.frame.head(MAX_ROWS)[fields].itertuples(index=False, name=None):
-        shown = [printable(column.show(value)) for column, value in zip(table.columns, row, strict=True)]
+        shown = [printable(column.show(value)) for column, value in zip(columns, row, strict=True)]
         grid.add_row(*map(Text, shown))
     return grid
 
@@ -77,13 +78,14 @@ def usage_grid(stats: Stats) -> Grid:
         grid.add_column(heading, justify="right")
     short = short_names(list(stats.layers))
     for name, layer in stats.layers.items():
-        usage = layer.usage_frequency.numpy()
+        seen = layer.num_tokens > 0
+        usage = layer.usage_frequency.numpy() * seen
         grid.add_row(
             Text(shorten(short[name])),
             Text(characters(usage, SHADES)),
             Text(characters(np.sort(usage)[::-1], BLOCKS)),
             f"{layer.dropped / max(layer.num_tokens, 1):.1%}",
-            f"{effective_experts(usage):.1f} of {len(usage)}",
+            f"{effective_experts(usage):.1f} of {len(usage)}" if seen else "-",
         )
     return grid
 

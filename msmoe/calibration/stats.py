@@ -146,7 +146,8 @@ class Stats:
 
     Attributes:
         layers: MoE layer name -> its sums, in forward order.
-        data: source, num_records, num_tokens and sha256 of the calibration data; `domains`, where there are any:
+        data: source, num_records, num_tokens and sha256 of the calibration data; of a sum, the digests of its `parts`;
+            `domains`, where there are any:
             name -> num_records and num_tokens, names ascending.
         checkpoint: model_type and fingerprint of the checkpoint.
     """
@@ -170,9 +171,21 @@ class Stats:
             "num_records": self.data["num_records"] + other.data["num_records"],
             "num_tokens": self.data["num_tokens"] + other.data["num_tokens"],
             "sha256": sha256("".join(sorted([self.data["sha256"], other.data["sha256"]])).encode()).hexdigest(),
+            "parts": sorted(self.covers | other.covers),
             **_added_domains(self.data, other.data),
         }
         return Stats({name: layer + other.layers[name] for name, layer in self.layers.items()}, data, self.checkpoint)
+
+    @property
+    def covers(self) -> frozenset[str]:
+        """Digests of these statistics, or of those that they are the sum of."""
+        return frozenset(self.data.get("parts", ())) or frozenset([self.digest])
+
+    @property
+    def reference(self) -> dict:
+        """How plans and checkpoints name the statistics that they were made from."""
+        parts = self.data.get("parts")
+        return {"sha256": self.digest, **({"parts": parts} if parts else {})}
 
     def check_against(self, checkpoint: Checkpoint) -> None:
         """Raise `UserError` if the statistics are of another checkpoint."""

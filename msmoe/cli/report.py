@@ -49,8 +49,7 @@ def command(
         raise UserError("nowhere to report to: give --out FILE, --figures DIR, --terminal or --json")
     if opens and out is None:
         raise UserError("--open needs --out FILE")
-    if out is not None and out.exists() and not force:
-        raise UserError(f"{out} exists; use --force to replace it")
+    check_page(out, artefacts, force=force)
     with progress("reading") as update:
         made = report(*artefacts, thorough=thorough, tell=update)
     if as_json:
@@ -66,3 +65,15 @@ def command(
         console().print(to_text(made))
     if opens and out is not None:
         webbrowser.open(out.resolve().as_uri())
+
+
+def check_page(out: Path | None, artefacts: tuple[Path, ...], *, force: bool) -> None:
+    """Refuse a page in the place of a folder, of what it is made from, or of a file without --force."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: give the name of a file, such as {out / 'report.html'}")
+    if out.resolve() in [path.resolve() for path in artefacts]:
+        raise UserError(f"--out {out} is one of the artefacts: give another name")
+    if out.exists() and not force:
+        raise UserError(f"{out} exists; use --force to replace it")

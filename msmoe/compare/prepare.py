@@ -12,8 +12,8 @@ from msmoe.calibration.stats import Stats
 from msmoe.checkpoint import Checkpoint, write_whole
 from msmoe.compare.budget import budget_bytes, experts_within
 from msmoe.compare.cells import Job, Task
-from msmoe.compare.settings import FISHER_RECORDS, Settings, variant
-from msmoe.methods import METHODS, resolve
+from msmoe.compare.settings import FISHER_RECORDS, Settings
+from msmoe.methods import METHODS, resolve, variant
 from msmoe.plan import Plan
 from msmoe.planning import Planner
 from msmoe.provenance import versions

@@ -17,10 +17,10 @@ from msmoe.compare.cells import Job, Task, cell_file, run_job
 from msmoe.compare.cost import cost_file, run_cost, run_peak
 from msmoe.compare.prepare import calibrate, plan_jobs
 from msmoe.compare.processes import in_a_process_of_its_own, workers
-from msmoe.compare.settings import REFERENCES, Settings, task_files, task_metric, variant
+from msmoe.compare.settings import REFERENCES, Settings, task_files, task_metric
 from msmoe.errors import UserError
 from msmoe.families import family_of
-from msmoe.methods import METHODS
+from msmoe.methods import METHODS, variant
 from msmoe.planning import Planner, check_request
 from msmoe.provenance import versions
 

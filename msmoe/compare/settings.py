@@ -1,14 +1,13 @@
 """What a comparison is asked to do, checked before anything runs."""
 
-import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from msmoe.calibration.records import read_records
 from msmoe.errors import UserError
 from msmoe.evaluate.run import allowed_metrics
-from msmoe.methods import Parameters, choose, resolve
+from msmoe.methods import resolve, variant
 
 REFERENCES = ("full", "dense")
 FISHER_RECORDS = 32  # output gradients cost a backward pass: a capped number of records
@@ -69,34 +68,6 @@ class Settings:
     def describe(self) -> dict:
         """The settings in `results.json`."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-
-
-def variant(label: str) -> tuple[str, dict[str, Any]]:
-    """Method and choices of a label such as `m-smoe` or `reap:others=nearest:budget=adaptive`.
-
-    Raises:
-        UserError: for a choice that is no attribute of `Parameters`, or not of the form name=value.
-    """
-    method, *parts = label.split(":")
-    choices = {}
-    for part in parts:
-        name, equals, value = part.partition("=")
-        name = name.strip().replace("-", "_")
-        if not equals:
-            raise UserError(f"{label!r}: {part!r} is not of the form name=value, e.g. reap:others=nearest")
-        choose("parameter", name, tuple(f.name for f in fields(Parameters)))
-        if name == "experts":
-            raise UserError(f"{label!r}: the number of experts follows from the budget")
-        choices[name] = parse_value(value.strip())
-    return method, choices
-
-
-def parse_value(text: str) -> Any:
-    """A number, true, false or null, or else the text itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def task_files(tasks: list[str | Path]) -> list[Path]:

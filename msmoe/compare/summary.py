@@ -235,7 +235,8 @@ class Summary:
             "a column is bold; references are no candidates.",
             f"{self.mean_title}: {metric} averaged over {count(len(self.mean_tasks), 'task')}, with the 95 % interval "
             "over examples and seeds; methods share the examples, so overlapping intervals may still differ "
-            "significantly. rank: 1 is best, averaged over all tasks, ties share theirs. Rows follow the first mean.",
+            "significantly. rank: 1 is best, averaged over all tasks, ties share theirs. Rows are sorted by the first "
+            "mean.",
         ]
         trained = [str(steps) for steps in self.recover_steps if steps]
         if trained:

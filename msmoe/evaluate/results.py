@@ -25,6 +25,7 @@ class TaskResult:
         seconds: time of the evaluation; peak_memory: bytes resident at most in this process so far.
         right: (N,) 0 or 1 per example, in file order, whether the generated answer is the target; empty without that
             metric. losses: (N, 2) summed loss and number of target tokens per example.
+        source: fingerprint of the original checkpoint behind the model; None for a model in memory.
     """
 
     checkpoint: str
@@ -38,11 +39,13 @@ class TaskResult:
     peak_memory: int
     right: list[int] = field(default_factory=list)
     losses: list[tuple[float, int]] = field(default_factory=list)
+    source: str | None = None
 
     def describe(self) -> dict:
         """The record in `results.json`."""
         return {
             "checkpoint": self.checkpoint,
+            "source": self.source,
             "task": self.task,
             "metrics": {
                 name: {"value": e.value, "ci95": [e.low, e.high], "num_examples": e.num_examples}

@@ -27,6 +27,7 @@ from msmoe.evaluate import metrics as metric
 from msmoe.evaluate.metrics import Estimate
 from msmoe.evaluate.results import TaskResult
 from msmoe.loading import load
+from msmoe.provenance import original_fingerprint
 
 METRICS = ("exact_match", "accuracy", "macro_f1", "loss")
 MAX_LABELS = 64
@@ -65,12 +66,13 @@ def evaluate(
     started = time.perf_counter()
     if batch_size < 1 or (samples is not None and samples < 1):
         raise UserError(f"batch size and samples must be at least 1, got {batch_size} and {samples}")
-    name, num_bytes = "model", None
+    name, num_bytes, source = "model", None, None
     path = model if isinstance(model, str | Path) else getattr(getattr(model, "config", None), "_name_or_path", "")
     if isinstance(model, str | Path):
         model = load(model)
     if path and Path(path).is_dir():
-        name, num_bytes = Path(path).name, Checkpoint(path).num_bytes
+        checkpoint = Checkpoint(path)
+        name, num_bytes, source = Path(path).name, checkpoint.num_bytes, original_fingerprint(checkpoint)
         tokenizer = tokenizer or load_tokenizer(Path(path))
     raw = read_records(data)
     wanted = check_metrics(metrics, raw, data) if metrics else allowed_metrics(raw)
@@ -96,6 +98,7 @@ def evaluate(
         peak_memory=peak_memory(),
         right=scorer.right.astype(int).tolist() if "exact_match" in scorer.metrics else [],
         losses=list(zip(scorer.losses.tolist(), scorer.num_tokens.tolist(), strict=True)),
+        source=source,
     )
 
 

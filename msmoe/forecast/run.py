@@ -16,7 +16,7 @@ from msmoe.calibration.stats import Stats
 from msmoe.errors import UserError
 from msmoe.forecast.curves import Forecast, LayerForecast
 from msmoe.forecast.trial import Trial
-from msmoe.methods import METHODS, choose, resolve
+from msmoe.methods import METHODS, resolve, variant
 from msmoe.parallel import Progress, in_order
 from msmoe.planning import Planner
 
@@ -43,7 +43,8 @@ def forecast(
     Args:
         checkpoint: the checkpoint to compress.
         stats: its statistics; with output gradients (`msmoe profile --fisher 64`) the KL divergence is predicted too.
-        method: a key of `METHODS`, with its default parameters and the same number of experts in every layer.
+        method: a key of `METHODS`, perhaps with choices of its own such as `m-smoe:align=none`; every layer keeps the
+            same number of experts.
         sizes: experts kept; by default all up to 16 experts, and powers of two and the middles between them beyond.
         keep_layers: layers left as they are; by default the first MoE layer of the encoder, `["none"]` for none.
         tokens: most tokens per layer for the output error, and again for the KL divergence.
@@ -54,12 +55,14 @@ def forecast(
         UserError: for statistics of another checkpoint, of too few records or without what the method needs; for a
             method of one size, or one that factorises; for an impossible size.
     """
-    row = METHODS[choose("method", method, METHODS)]
-    if row.fixed:
-        raise UserError(f"method {method} keeps {row.fixed} of a layer's experts: there are no sizes to forecast")
-    parameters = resolve(method, {})
+    name, choices = variant(method)
+    parameters = resolve(name, choices)
+    if fixed := METHODS[name].fixed:
+        raise UserError(f"method {name} keeps {fixed} of a layer's experts: there are no sizes to forecast")
     if parameters.factors is not None:
         raise UserError(f"method {method} also factorises, which a forecast does not: choose one that merges or prunes")
+    if parameters.refit == "sequential":
+        raise UserError("a forecast looks at one layer at a time: choose --refit independent, not sequential")
     if tokens < 1:
         raise UserError(f"tokens must be at least 1, got {tokens}")
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
@@ -67,7 +70,8 @@ def forecast(
     planner = Planner(checkpoint, fitted)
     layers = planner.compressible(keep_layers)
     sizes = check_sizes(sizes, min((layer.num_experts for layer in layers), default=1))
-    plans = [planner.plan(method, keep_layers=keep_layers, experts=size, budget="uniform") for size in sizes]
+    choices |= {"budget": "uniform"}
+    plans = [planner.plan(name, keep_layers=keep_layers, experts=size, **choices) for size in sizes]
     num_targets = target_tokens(planner, stats)
     result: dict[str, LayerForecast] = {}
     for layer in layers:

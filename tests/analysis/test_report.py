@@ -19,13 +19,15 @@ from tiny import compress, profile_small, random_records, save_switch, write_rec
 import msmoe
 from analysis.report import report
 from analysis.report.artefacts import gather
-from analysis.report.charts import short_names
+from analysis.report.charts import short_names, to_spec
 from analysis.report.document import Column, distinct, shorten
-from analysis.report.page import pack, script_json
+from analysis.report.page import pack, script_json, words
+from analysis.report.sections.usage import kept_counts
 from analysis.report.terminal import characters, to_text
 from msmoe.calibration.stats import Stats
 from msmoe.errors import UserError
 from msmoe.plan import Plan
+from msmoe.planning import plan as make_plan
 from msmoe.usage import effective_experts, entropy, gini, imbalance, layer_frame
 
 HOSTILE = {
@@ -110,7 +112,7 @@ def test_statistics_of_several_data_sets_add_up(switch, stats, tmp_path):
     assert (routed == sum(s.layers["encoder.block.1.layer.1.mlp"].routed for s in (stats, other))).all()
 
 
-@pytest.mark.parametrize("kind", ["stats", "plan.json", "small", "comparison"])
+@pytest.mark.parametrize("kind", ["stats", "plan.json", "small", "comparison", "evaluation.json"])
 def test_artefacts_of_another_checkpoint_are_refused_in_one_line(kind, folder, tmp_path):
     other = save_switch(tmp_path / "other", seed=9)
     with pytest.raises(UserError, match=r"of another checkpoint than other \(fingerprints differ\)"):
@@ -125,6 +127,30 @@ def test_a_checkpoint_given_twice_is_refused(switch):
 def test_the_same_statistics_given_twice_are_refused(stats, folder):
     with pytest.raises(UserError, match="the same statistics"):
         gather([stats, folder / "stats"])
+
+
+def test_a_sum_of_statistics_beside_one_of_its_parts_is_refused(switch, stats, tmp_path):
+    other = profile_small(switch, write_records(tmp_path / "other.jsonl", random_records(9, seed=5)))
+    (stats + other).save(tmp_path / "sum")
+    with pytest.raises(UserError, match="the same statistics"):
+        gather([tmp_path / "sum", other])
+
+
+def test_a_checkpoint_whose_plan_was_swapped_is_refused(switch, stats, exact, tmp_path):
+    shutil.copytree(exact, tmp_path / "swapped")
+    make_plan(switch, stats, method="reap", experts=3).save(tmp_path / "swapped" / "plan.json")
+    with pytest.raises(UserError, match="not the plan that the checkpoint was made by"):
+        gather([tmp_path / "swapped"])
+
+
+def test_the_same_folder_given_twice_is_refused(exact):
+    with pytest.raises(UserError, match="is given twice"):
+        gather([exact, exact])
+
+
+def test_experts_before_are_counted_by_the_plan_where_routers_lost_rows(switch, stats, tmp_path):
+    compress(switch, stats, tmp_path / "pruned", method="reap")
+    assert set(gather([tmp_path / "pruned"]).layers.values()) == {6}
 
 
 @pytest.mark.parametrize(
@@ -238,6 +264,26 @@ def test_text_in_a_script_element_cannot_end_it():
     assert json.loads(text) == ["</script>", "<!--", "\u2028", "&"]
 
 
+def test_a_budget_cuts_what_the_default_plan_cuts(switch, stats):
+    plan = make_plan(switch, stats, method="m-smoe", experts=3)
+    kept = {name: len(layer.groups) for name, layer in plan.layers.items()}
+    counts = dict(zip(stats.layers, kept_counts(stats)["half"], strict=True))
+    assert counts == {next(iter(stats.layers)): 6} | kept
+
+
+def test_a_layer_without_tokens_has_no_shares_in_tables_and_text(stats):
+    name = next(iter(stats.layers))
+    zero = stats.layers[name].routed * 0
+    empty = replace(stats.layers[name], routed=zero, dispatched=zero)
+    made = report(replace(stats, layers=dict(stats.layers) | {name: empty}))
+    frame = made.tables["usage-experts"]
+    assert frame[frame.layer == name].usage_frequency.isna().all()
+    assert frame.iloc[0].routed > 0
+    out = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    out.print(to_text(made))
+    assert re.search(r"^encoder 1 +······ ", out.export_text(), re.MULTILINE)
+
+
 # The page
 
 
@@ -310,6 +356,32 @@ def test_a_notebook_shows_the_page_in_a_frame_of_its_own(folder):
     assert tag == "iframe"
     assert attributes["srcdoc"] == made.to_html()
     assert "allow-same-origin" not in attributes["sandbox"]
+
+
+def test_words_between_backticks_are_code_and_nothing_else_is_markup():
+    assert words("`a<b` & <i>") == "<code>a&lt;b</code> &amp; &lt;i&gt;"
+
+
+def test_records_that_count_twice_are_said(switch, stats, records, tmp_path):
+    part = profile_small(switch, write_records(tmp_path / "part.jsonl", records[:5]))
+    glance = report(stats, part).document.sections[0]
+    assert any("5 sampled records stand in more than one" in getattr(b, "text", "") for b in glance.blocks)
+
+
+def test_dead_and_cold_experts_have_a_table(stats):
+    name = next(iter(stats.layers))
+    routed = stats.layers[name].routed * 0 + 100
+    routed[0], routed[1] = 0, 2
+    made = report(replace(stats, layers=dict(stats.layers) | {name: replace(stats.layers[name], routed=routed)}))
+    frame = made.tables["usage-idle"]
+    assert list(frame[frame.layer == name].expert) == [0, 1]
+
+
+def test_a_figure_on_file_has_its_title_and_settings(stats):
+    figure = next(f for f in report(stats).document.figures() if f.name == "usage-map")
+    title = to_spec(figure.chart, title=figure.title)["title"]
+    assert title["text"] == "Expert usage by layer"
+    assert title["subtitle"] == "Share of: routed tokens; Colours: linear; Experts by: index"
 
 
 # Files and text
@@ -395,3 +467,13 @@ def test_a_mistake_gets_one_line_and_exit_code_2(arguments, message, folder, tmp
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert (tmp_path / "exists.html").read_text() == "mine"
+
+
+def test_a_page_never_takes_the_place_of_an_artefact_or_a_folder(folder, tmp_path):
+    shutil.copy(folder / "plan.json", tmp_path / "plan.json")
+    before = (tmp_path / "plan.json").read_bytes()
+    done = run(tmp_path / "plan.json", "--out", "plan.json", "--force", cwd=tmp_path)
+    assert (done.returncode, "is one of the artefacts" in done.stderr) == (2, True)
+    assert (tmp_path / "plan.json").read_bytes() == before
+    done = run(folder / "stats", "--out", ".", "--force", cwd=tmp_path)
+    assert (done.returncode, "is a folder" in done.stderr) == (2, True)

@@ -209,11 +209,12 @@ def test_dark_mode_has_light_text_on_dark_also_in_figures(everything, open_page)
     assert label > 180
 
 
-def test_paper_shows_all_figures_and_no_controls(everything, open_page):
+def test_paper_has_no_navigation_and_shows_how_controls_stand(everything, open_page):
     tab = open_page(everything)
     tab.emulate_media(media="print")
     hidden = "selector => [...document.querySelectorAll(selector)].every(e => getComputedStyle(e).display == 'none')"
-    assert tab.evaluate(hidden, "nav, .tools, .vega-bindings")
+    assert tab.evaluate(hidden, "nav, .tools, .vega-actions")
+    assert tab.locator("[data-figure=usage-map] .vega-bindings").is_visible()
     assert tab.pdf(format="A4").startswith(b"%PDF")
 
 

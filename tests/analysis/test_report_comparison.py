@@ -286,7 +286,7 @@ def test_every_figure_draws(two_runs, evaluations):
     figures = [b for b in (*two_runs.blocks, *chapter(evaluations=evaluations).blocks) if isinstance(b, Figure)]
     assert len(figures) == 3 + 3 + 1 + 1
     for figure in figures:
-        svg = vl_convert.vegalite_to_svg(to_spec(figure.chart, still=True))
+        svg = vl_convert.vegalite_to_svg(to_spec(figure.chart, title="Title"))
         assert svg.count("<path") > 5, figure.name
 
 
@@ -295,7 +295,7 @@ def test_hostile_names_are_data_and_nothing_else():
     content["methods"][HOSTILE[0]]["kind"] = HOSTILE[0]
     made = chapter(content)
     for figure in (block for block in made.blocks if isinstance(block, Figure)):
-        spec = to_spec(figure.chart, still=True)
+        spec = to_spec(figure.chart, title="Title")
         assert vl_convert.vegalite_to_svg(spec).startswith("<svg")
         expressions = [
             text for key, text in walk(spec) if key in ("filter", "expr", "calculate", "labelExpr") and text is not None

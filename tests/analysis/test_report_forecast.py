@@ -21,6 +21,7 @@ from analysis.report.sections.forecast.data import (
     correlations,
     curve_frame,
     forecast_method,
+    make_forecast,
     measured_frame,
     seconds,
     suggested_bytes,
@@ -136,6 +137,21 @@ def test_the_method_is_that_of_the_plan_if_it_can_be_forecast(switch, stats):
         assert forecast_method(replace(artefacts, plans=(item,)), stats) == expected
 
 
+def test_the_choices_of_the_plan_are_forecast_with_its_method(switch, stats):
+    planned = make_plan(switch, stats, experts=3, method="m-smoe", refit="independent", align="none", budget="uniform")
+    artefacts = gather([switch, stats, planned])
+    scope = choose_scope(artefacts, artefacts.planner)
+    assert scope.method in ("m-smoe:align=none:refit=independent", "m-smoe:refit=independent:align=none")
+    found = make_forecast(scope, artefacts.planner, quiet)
+    plain = make_forecast(replace(scope, method="m-smoe:align=none"), artefacts.planner, quiet)
+    assert found.layers[LAYERS[1]].output_error[2] < plain.layers[LAYERS[1]].output_error[2]
+
+
+def test_one_expert_per_layer_has_a_forecast_of_one_size(switch, stats):
+    scope = choose_scope(gather([switch, stats]), big_planner(2, 1, 24, stats))
+    assert scope.sizes == (1,)
+
+
 def test_layers_that_the_plan_keeps_are_not_forecast(switch, stats):
     planned = make_plan(switch, stats, experts=3, keep_layers=[LAYERS[1], LAYERS[3]])
     artefacts = gather([switch, stats, planned])
@@ -178,7 +194,7 @@ def test_many_experts_are_bounded_to_a_few_layers_and_sizes(switch, stats):
 def test_what_was_left_out_stands_in_the_reading_aid(switch, stats):
     scope = choose_scope(gather([switch, stats]), big_planner(24, 256, 128, stats))
     assert chapter.bounded(scope) == (
-        "To bound the work, 4 of 24 layers, spread over the model, and 4 sizes were tried; --thorough tries all."
+        "Sizes that were tried: 16, 45, 128, 256; layers: 4 of 24, spread over the model; --thorough tries more."
     )
 
 
@@ -257,7 +273,12 @@ def test_the_check_on_the_demo_is_told_with_its_numbers_and_verdict():
     checked = {"comparison": {"whole": whole}, "conclusion": ["it is no forecast of the loss"]}
     text = chapter.check_text(checked, "m-smoe-refit")
     assert "KL 0.75, loss 0.12" in text
-    assert text.endswith("It is no forecast of the loss.")
+    assert text.endswith("Of both methods that were checked, together: it is no forecast of the loss.")
+
+
+def test_the_check_on_the_demo_stands_in_the_report():
+    assert forecast_data.CHECK.exists()
+    assert "KL divergence 1.00" in chapter.check_text(forecast_data.read_check(), "m-smoe-refit")
 
 
 def test_a_check_that_is_not_installed_or_damaged_is_left_out(tmp_path):
@@ -282,7 +303,7 @@ def test_no_chapter_without_checkpoint_and_statistics(switch, stats, tmp_path):
 
 def test_every_figure_can_be_drawn(section):
     for figure in (block for block in section.blocks if isinstance(block, Figure)):
-        assert "<svg" in vl_convert.vegalite_to_svg(to_spec(figure.chart, still=True))
+        assert "<svg" in vl_convert.vegalite_to_svg(to_spec(figure.chart, title="Title"))
 
 
 @pytest.mark.parametrize("num_layers", [1, 3, 24])
@@ -295,6 +316,6 @@ def test_hostile_names_in_few_and_many_layers_are_data(num_layers):
     cells = [cell("full", 8, 1.0), *(cell("m-smoe-refit", n, 1.5, kept=kept, layer_loss=kept) for n in (2, 3))]
     measured = measured_frame(comparison(*cells), found)
     for figure in (layer_figure(frame, ""), measured_figure(measured, found, name="x", short={})):
-        spec = to_spec(figure.chart, still=True)
+        spec = to_spec(figure.chart, title="Title")
         assert "<svg" in vl_convert.vegalite_to_svg(spec)
         assert HOSTILE not in json.dumps([layer.get("transform") for layer in spec["layer"]], ensure_ascii=False)

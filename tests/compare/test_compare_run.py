@@ -17,10 +17,11 @@ from msmoe.apply import apply
 from msmoe.calibration.stats import Stats
 from msmoe.checkpoint.writer import lock_journal
 from msmoe.compare.run import MARKER, compare
-from msmoe.compare.settings import task_files, variant
+from msmoe.compare.settings import task_files
 from msmoe.errors import UserError
 from msmoe.evaluate.run import evaluate
 from msmoe.loading import load
+from msmoe.methods import variant
 from msmoe.plan import Plan
 
 METHODS = ("m-smoe", "reap", "mone", "reap:others=nearest")

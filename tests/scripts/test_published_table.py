@@ -14,8 +14,7 @@ from published_table import (
 )
 
 from msmoe.compare.scoring import summarise
-from msmoe.compare.settings import variant
-from msmoe.methods import resolve
+from msmoe.methods import resolve, variant
 
 BEST_FIRST = sorted(ROWS, key=published_mean, reverse=True)
 

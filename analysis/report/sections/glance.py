@@ -15,6 +15,7 @@ from msmoe.usage import layer_frame
 SHARES = {"half": Fraction(1, 2), "a quarter": Fraction(1, 4), "an eighth": Fraction(1, 8)}
 KINDS = {"original": GREY, "predicted": BLUE, "written": GREEN}
 BAR = 26  # pixels
+BYTES = "format(datum.value, '~s') + 'B'"  # labels of an axis
 
 
 def section(artefacts: Artefacts, say: Callable[[str], None]) -> Section | None:
@@ -98,7 +99,7 @@ def source_bytes(folder: CheckpointFolder) -> int | None:
 
 
 def size_facts(sizes: pd.DataFrame) -> list[Fact]:
-    names = {"original": "Size now"} | {f"{label} of the experts": f"Size at {label}" for label in SHARES}
+    names = {"original": "Original size"} | {f"{label} of the experts": f"Size at {label}" for label in SHARES}
     hints = {"predicted": "predicted, if merged", "original": "weights on disk"}
     return [
         Fact(names[what], text, hints[kind])
@@ -110,7 +111,7 @@ def size_facts(sizes: pd.DataFrame) -> list[Fact]:
 def size_figure(sizes: pd.DataFrame) -> Figure:
     base = alt.Chart(sizes).encode(y=alt.Y("what:N", title=None, sort=None))
     bars = base.mark_bar(height=BAR - 8).encode(
-        x=alt.X("bytes:Q", title="bytes of weights on disk", axis=alt.Axis(format="~s", tickCount=6)),
+        x=alt.X("bytes:Q", title="weights on disk", axis=alt.Axis(labelExpr=BYTES, tickCount=6)),
         color=alt.Color(
             "kind:N", title=None, legend=alt.Legend(orient="top"),
             scale=alt.Scale(domain=list(KINDS), range=list(KINDS.values())),
@@ -119,7 +120,7 @@ def size_figure(sizes: pd.DataFrame) -> Figure:
                  alt.Tooltip("share:Q", title="of the original", format=".1%")],
     )  # fmt: skip
     labels = base.mark_text(align="left", dx=5).encode(
-        x=alt.X("bytes:Q", scale=alt.Scale(domainMax=1.15 * sizes.bytes.max())), text="text:N"
+        x=alt.X("bytes:Q", scale=alt.Scale(domainMax=1.3 * sizes.bytes.max())), text="text:N"
     )
     return Figure(
         "glance-sizes",
@@ -134,6 +135,8 @@ def notes(artefacts: Artefacts) -> list[Note]:
     found = []
     if artefacts.calibration is None:
         found.append(Note("No statistics: give the directory that `msmoe profile` wrote to see how experts are used."))
+    if shared := artefacts.num_shared_records:
+        found.append(Note(f"{shared:,} sampled records stand in more than one of the statistics and count in each."))
     if artefacts.original is None:
         found.append(
             Note("No original checkpoint: give its folder to see sizes, similarities of weights and forecasts.")

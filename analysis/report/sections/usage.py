@@ -10,8 +10,9 @@ from analysis.report.artefacts import Artefacts
 from analysis.report.charts import BLUE, GREY, ORANGE, SEQUENTIAL, choice, short_names, stack_of
 from analysis.report.document import Column, Figure, Note, Section, Table
 from msmoe.calibration.stats import Stats
+from msmoe.families import FAMILIES, MoELayer
 from msmoe.grouping import group_counts
-from msmoe.usage import layer_frame
+from msmoe.usage import COLD, layer_frame
 
 MEASURES = {
     "routed": "routed tokens",
@@ -20,6 +21,7 @@ MEASURES = {
     "gate": "gate mass",
 }
 BUDGETS = {"half": 2, "a quarter": 4, "an eighth": 8}
+FEW = 20  # tokens per expert: fewer cannot show that one is dead
 ROW, SMALL = 18, 150  # pixels: a row of the map, a panel of the bars
 COLUMNS = 4
 
@@ -34,11 +36,20 @@ def section(artefacts: Artefacts, say: Callable[[str], None]) -> Section | None:
         usage_bars(experts, stats),
         evenness(layers),
         layer_table(layers),
+        *idle_table(stats),
         expert_table(stats),
     ]
     unseen = layers.loc[layers.num_tokens == 0, "layer"]
     if len(unseen):
         blocks.append(Note(f"No token of the calibration data reached {', '.join(unseen)}."))
+    few = layers[layers.num_tokens < FEW * layers.num_experts]
+    if len(few):
+        blocks.append(
+            Note(
+                f"Fewer than {FEW} tokens per expert in {len(few)} of {len(layers)} layers: an expert without a token "
+                "may only be rare. More records (`msmoe profile --samples`) tell."
+            )
+        )
     return Section("usage", "Expert usage", lead(layers), tuple(blocks))
 
 
@@ -46,11 +57,15 @@ def lead(layers: pd.DataFrame) -> str:
     total, used = layers.num_experts.sum(), layers.used.sum()
     if layers.imbalance.isna().all():
         return "No token of the calibration data reached an MoE layer."
-    most, least = layers.loc[layers.imbalance.idxmax()], layers.loc[layers.imbalance.idxmin()]
+    cold = f"{layers.cold.sum():,} of them less than a tenth of an equal share"
+    text = f"{used:,} of {total:,} experts saw a token; {cold}."
+    if len(layers) < 2:
+        return text
+    most, least = layers.loc[layers.entropy.idxmin()], layers.loc[layers.entropy.idxmax()]
     return (
-        f"{used:,} of {total:,} experts saw a token; {layers.cold.sum():,} of them less than a tenth of an equal "
-        f"share. The most uneven layer is {most.layer}, whose first expert takes {most.largest_share:.1%} of its "
-        f"tokens; the most even one is {least.layer} with {least.largest_share:.1%}."
+        f"{text} The most uneven layer is {most.layer}: its {most.num_experts} experts are used like "
+        f"{most.effective_experts:.1f} equal ones, and the most used one takes {most.largest_share:.1%} of its tokens. "
+        f"The most even one is {least.layer}: {least.num_experts} like {least.effective_experts:.1f}."
     )
 
 
@@ -103,8 +118,8 @@ def usage_map(experts: pd.DataFrame) -> Figure:
     cells = base.mark_rect().encode(
         x=x, y=y, tooltip=tooltip, color=alt.Color("colour:Q", scale=alt.Scale(scheme=SEQUENTIAL), legend=legend)
     )
-    dead = base.transform_filter("datum.share == 0").mark_point(
-        shape="cross", size=18, angle=45, strokeWidth=1, color=ORANGE
+    dead = base.transform_filter("datum.share == 0 && measure != 'dropped'").mark_point(
+        shape="cross", size=70, angle=45, strokeWidth=1.5, opacity=1, color=ORANGE
     )
     return Figure(
         "usage-map",
@@ -118,10 +133,21 @@ def usage_map(experts: pd.DataFrame) -> Figure:
 
 
 def kept_counts(stats: Stats) -> dict[str, list[int]]:
-    """Budget -> experts that each layer keeps, the most used ones, by the adaptive budget of M-SMoE."""
-    usage = [layer.usage_frequency.numpy() for layer in stats.layers.values()]
-    average = float(np.mean([len(u) for u in usage]))
-    return {label: group_counts(usage, max(average / divisor, 1.0)) for label, divisor in BUDGETS.items()}
+    """Budget -> experts that each layer keeps, the most used ones, by the adaptive budget of M-SMoE.
+
+    Layers that `msmoe plan` leaves alone by default keep all of theirs.
+    """
+    family = FAMILIES.get(stats.checkpoint.get("model_type", ""))
+    layers = tuple(MoELayer(name, n.num_experts, n.input_sum.shape[1], 0, "") for name, n in stats.layers.items())
+    left = family.default_kept_layers(layers) if family else ()
+    usage = {name: layer.usage_frequency.numpy() for name, layer in stats.layers.items() if name not in left}
+    full = {layer.name: layer.num_experts for layer in layers}
+    average = float(np.mean([len(u) for u in usage.values()])) if usage else 1.0
+    kept = {}
+    for label, divisor in BUDGETS.items():
+        counts = group_counts(list(usage.values()), max(average / divisor, 1.0)) if usage else []
+        kept[label] = list((full | dict(zip(usage, counts, strict=True))).values())
+    return kept
 
 
 def usage_bars(experts: pd.DataFrame, stats: Stats) -> Figure:
@@ -151,8 +177,8 @@ def usage_bars(experts: pd.DataFrame, stats: Stats) -> Figure:
         "usage-bars",
         "Where a budget cuts",
         "Experts of each layer from the most to the least used, as shares of its routed tokens; blue ones would be "
-        "kept at that share of all experts by the adaptive budget of M-SMoE. Look for tall grey bars: tokens that "
-        "change experts.",
+        "kept at that share of the experts by the adaptive budget of M-SMoE, as `msmoe plan` does, which leaves some "
+        "layers alone by default. Look for tall grey bars: tokens that change experts.",
         panel.facet(facet=alt.Facet("layer:N", sort=list(dict.fromkeys(experts.layer)), title=None), columns=COLUMNS)
         .add_params(budget)
         .resolve_scale(y="independent", x="independent"),
@@ -177,8 +203,8 @@ def evenness(layers: pd.DataFrame) -> Figure:
     return Figure(
         "usage-evenness",
         "Effective number of experts",
-        "Bars are exp(entropy of usage): as many equally used experts would be as hard to guess; ticks are the experts "
-        "that the layer has. Look for short bars: these layers use the fewest of their experts.",
+        "Bars are exp(entropy of usage): a layer that used so many experts equally would have the same entropy; ticks "
+        "are the experts that the layer has. Look for short bars: these layers use the fewest of their experts.",
         (bars + whole).properties(width="container", height=ROW * len(frame)),
     )
 
@@ -203,12 +229,39 @@ def layer_table(layers: pd.DataFrame) -> Table:
             Column("imbalance", "max / mean", "number", "1 is even"),
             Column("effective_experts", "effective", "number", "exp of the entropy"),
         ),
-        is_essential=True,
     )
 
 
+def idle_table(stats: Stats) -> list[Table]:
+    """Dead and cold experts, if there are any."""
+    frame = stats.to_frame()
+    size = frame.groupby("layer").expert.transform("size")
+    seen = frame.groupby("layer").routed.transform("sum") > 0
+    idle = frame[seen & (frame.usage_frequency < COLD / size)].sort_values("routed", kind="stable")
+    if idle.empty:
+        return []
+    return [
+        Table(
+            "usage-idle",
+            "Dead and cold experts",
+            "Experts that saw no token, or less than a tenth of an equal share of their layer's, the least used first.",
+            idle,
+            (
+                Column("layer", "layer"),
+                Column("expert", "expert", "integer"),
+                Column("routed", "routed", "integer", "tokens"),
+                Column("usage_frequency", "usage", "share", "of the layer's routed tokens"),
+            ),
+            is_essential=True,
+        )
+    ]
+
+
 def expert_table(stats: Stats) -> Table:
-    frame = stats.to_frame().sort_values("usage_frequency", ascending=False, kind="stable")
+    frame = stats.to_frame()
+    unseen = [name for name, layer in stats.layers.items() if layer.num_tokens == 0]
+    frame.loc[frame.layer.isin(unseen), "usage_frequency"] = float("nan")
+    frame = frame.sort_values("usage_frequency", ascending=False, kind="stable")
     return Table(
         "usage-experts",
         "Usage by expert",

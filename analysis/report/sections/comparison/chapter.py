@@ -136,6 +136,7 @@ def score_table(summary: Summary, name: str) -> Table:
         "Click a heading to sort by it, filter by a method, a kind or a mark.",
         frame,
         tuple(columns),
+        is_essential=True,
     )
 
 

@@ -92,10 +92,10 @@ def evaluation_lead(evaluations: Sequence[Evaluation]) -> str:
         return f"{names[0]} was evaluated on {tasks} task{'s' if tasks > 1 else ''}."
     shared = [part for _, part in main.groupby("task") if len(part) == len(names)]
     apart = sum(part.low.max() > part.high.min() for part in shared)
-    return (
-        f"{len(names)} checkpoints were evaluated, {len(shared)} of {tasks} tasks with all of them; on {apart} of "
-        "these some 95 % intervals do not overlap."
+    overlap = (
+        f"on {apart} of these some 95 % intervals do not overlap" if apart else "on all of these the intervals overlap"
     )
+    return f"{len(names)} checkpoints were evaluated, {len(shared)} of {tasks} tasks with all of them; {overlap}."
 
 
 def main_metrics(frame: pd.DataFrame) -> pd.Series:
@@ -185,4 +185,5 @@ def evaluation_table(frame: pd.DataFrame) -> Table:
             Column("seconds", "seconds", "number", "time of the evaluation"),
             Column("memory", "peak memory", "bytes"),
         ),
+        is_essential=True,
     )

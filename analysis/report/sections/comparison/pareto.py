@@ -124,7 +124,9 @@ def axes(summary: Summary, frame: pd.DataFrame) -> tuple[Channel, Channel]:
     y_scale = alt.Scale(domain=sorted((bottom, top)), reverse=bottom > top, nice=False, zero=False)
     y_title = f"{summary.mean_title} of {count(len(summary.mean_tasks), 'task')}"
     return (
-        lambda field: alt.X(f"{field}:Q", title="stored bytes (log scale)", axis=x_axis, scale=x_scale),
+        lambda field: alt.X(
+            f"{field}:Q", title="stored bytes (log scale), methods of one size side by side", axis=x_axis, scale=x_scale
+        ),
         lambda field: alt.Y(f"{field}:Q", title=y_title, scale=y_scale, axis=alt.Axis(tickCount=8)),
     )
 

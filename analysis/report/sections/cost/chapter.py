@@ -25,6 +25,7 @@ from analysis.report.sections.cost.layers import (
 )
 from analysis.report.sections.cost.size import recovery_table, size_blocks
 
+LEAST_ERROR = 5e-4  # of a layer that the lead names
 MAX_EXPERTS, MIN_EXPERTS = 30, 10  # in the table of those that lost most: in all, of one checkpoint
 
 
@@ -51,10 +52,14 @@ def lead(costs: Sequence[Cost]) -> str:
     )
     name = smallest.label if len(costs) == 1 else f"The smallest of {len(costs)} checkpoints, {smallest.label},"
     text = f"{name} stores {human_bytes(smallest.num_bytes)}{of_source}, and {after:,} of {before:,} experts."
-    if smallest.worst is None:
+    if smallest.worst is None or smallest.worst[1] < LEAST_ERROR:
         return text
     layer, error = smallest.worst
-    return f"{text} Its most changed layer is {layer}, with a relative output error of {error:.1%}."
+    text = f"{text} Its most changed layer is {layer}, with a relative output error of {error:.1%}."
+    worst = max((cost for cost in costs if cost.worst), key=lambda cost: cost.worst[1] if cost.worst else 0.0)
+    if worst is smallest or worst.worst is None:
+        return text
+    return f"{text} Most changed of all is {worst.worst[0]} of {worst.label}, with {worst.worst[1]:.1%}."
 
 
 def share_text(cost: Cost) -> str:

@@ -13,7 +13,7 @@ from analysis.report.document import distinct
 from msmoe.calibration.stats import Stats
 from msmoe.errors import UserError
 from msmoe.inspect import INDICES, LayerSummary
-from msmoe.layer_errors import LayerError, layer_errors
+from msmoe.layer_errors import LayerError, layer_errors, made_from
 
 MAX_CHECKPOINTS = 7  # drawn and measured: as many as there are colours
 RANK_SECONDS = 1.5  # of one core: where stable ranks would take longer, they are left out
@@ -101,8 +101,8 @@ def measure(
 
 def measuring_stats(artefacts: Artefacts, folder: CheckpointFolder) -> Stats | None:
     """Statistics that a checkpoint was not made from, where there are some, else all."""
-    used = folder.provenance.get("stats", {}).get("sha256")
-    others = [item.stats for item in artefacts.stats if item.stats.digest != used]
+    used = made_from(folder.checkpoint)
+    others = [item.stats for item in artefacts.stats if not item.stats.covers & used]
     return sum(others[1:], others[0]) if others else artefacts.calibration
 
 
@@ -213,6 +213,8 @@ def rank_columns(cost: Cost, name: str, found: LayerError | None) -> dict[str, f
     for matrix in ("wi", "wo"):
         mine = [m for m in matrices if m.get("matrix") == matrix]
         before, after = (mean(m.get(key) for m in mine) for key in ("stable_rank_before", "stable_rank"))
+        if cost.folder.provenance.get("factors"):
+            after = NAN  # the report is of the matrices before they were factorised
         if found and found.stable_rank_before and found.stable_rank_after:
             before, after = getattr(found.stable_rank_before, matrix), getattr(found.stable_rank_after, matrix)
         columns |= {f"{matrix}_before": before, f"{matrix}_after": after}

@@ -175,13 +175,13 @@ def layer_table(layers: pd.DataFrame) -> Table:
             Column("error", "error", "share", "squared, relative to the layer's squared output"),
             Column("rerouted", "rerouted", "share", "tokens that meet another gate value or expert than their own's"),
             Column("refit_before", "before refit", "share", "relative error of groups, mean"),
-            Column("refit_after", "after", "share"),
+            Column("refit_after", "after refit", "share"),
             Column("wi_before", "stable rank wi", "number", "of the original experts, mean"),
-            Column("wi_after", "after", "number"),
+            Column("wi_after", "wi after", "number", "of the stored ones"),
             Column("wo_before", "stable rank wo", "number", "of the original experts, mean"),
-            Column("wo_after", "after", "number"),
+            Column("wo_after", "wo after", "number", "of the stored ones"),
             Column("drop_before", "dropped", "share", "tokens over capacity"),
-            Column("drop_after", "after", "share"),
+            Column("drop_after", "dropped after", "share"),
         ),
     )
 

@@ -137,6 +137,7 @@ def checkpoint_table(costs: Sequence[Cost]) -> Table:
             Column("share", "of the original", "share"),
             Column("largest_error", "largest layer error", "share", "squared, relative to the layer's squared output"),
         ),
+        is_essential=True,
     )
 
 

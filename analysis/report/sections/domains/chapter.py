@@ -68,14 +68,13 @@ def lead(domains: Domains, measured: Distances, chance: Distances, num_own: int)
     pairs_dealt, layers_dealt = mean_of_known(chance.between, 0), mean_of_known(chance.between, 1)
     pair, layer = int(np.nanargmax(above(pairs, pairs_dealt))), int(np.nanargmax(above(layers, layers_dealt)))
     a, b = domains.names[measured.first[pair]], domains.names[measured.second[pair]]
-    apart = (
-        f" Most apart are {a} and {b} ({pairs[pair]:.2g}, at random {pairs_dealt[pair]:.2g})." if len(pairs) > 1 else ""
-    )
-    who = "The two domains" if len(domains.names) == 2 else f"Two of {bounded(domains)}"
+    numbers = f"{pairs[pair]:.2g}, at random {pairs_dealt[pair]:.2g}"
+    apart = f" Furthest beyond chance are {a} and {b} ({numbers})." if len(pairs) > 1 else ""
+    who = "The two domains" if len(domains.names) == 2 else f"Any two of {bounded(domains)}"
     return (
         f"{who} differ in their use of the experts by {mean_of_known(pairs, 0):.2g} bits on "
-        f"average (0: the same use, 1: no expert in common); the same texts dealt out at random, by "
-        f"{mean_of_known(pairs_dealt, 0):.2g}.{apart} The layer that tells domains apart most is "
+        f"average (0: the same use, 1: no expert in common); random splits of the same texts, by "
+        f"{mean_of_known(pairs_dealt, 0):.2g}.{apart} The layer that tells domains apart most, beyond chance, is "
         f"{list(short_names(list(domains.routed)).values())[layer]} ({layers[layer]:.2g}, at random "
         f"{layers_dealt[layer]:.2g}). Experts that serve one domain almost alone: {num_own:,}."
     )
@@ -126,7 +125,11 @@ def domain_table(overview: pd.DataFrame) -> Table:
             Column("num_records", "records", "integer"),
             Column("num_tokens", "tokens", "integer", "of the records; layers of a decoder see those of the targets"),
             Column(
-                "tokens_per_expert", "per expert", "number", "tokens per expert, fewest of all layers", strong="few"
+                "tokens_per_expert",
+                "tokens per expert, scarcest layer",
+                "number",
+                "tokens per expert, fewest of all layers",
+                strong="few",
             ),
             Column("effective_experts", "effective", "number", "exp of the entropy of usage, mean over layers"),
             Column("used", "used", "integer", "experts that saw a token of the domain, all layers"),

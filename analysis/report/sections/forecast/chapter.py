@@ -31,6 +31,7 @@ from msmoe.planning import Planner
 
 KEY, TITLE = "forecast", "How far can I go"
 LEAD_TOLERANCE = 0.05
+NOTHING = "The only MoE layer is kept as it is by default: there is nothing to forecast."
 NAMES = {"kl": "KL divergence", "text loss": "loss on text", "task loss": "loss on tasks"}
 NEEDS_ORIGINAL = (
     "Give the original checkpoint beside the statistics to see the error that fewer experts would make, by layer."
@@ -52,7 +53,7 @@ def section(artefacts: Artefacts, say: Callable[[str], None]) -> Section | None:
         return Section(KEY, TITLE, "", (Note(NEEDS_ORIGINAL if artefacts.original is None else NEEDS_STATISTICS),))
     scope = choose_scope(artefacts, artefacts.planner)
     if scope is None:
-        return Section(KEY, TITLE, "", (Note(TOO_LARGE),))
+        return Section(KEY, TITLE, "", (Note(TOO_LARGE if len(artefacts.layers) > 1 else NOTHING),))
     try:
         found = make_forecast(scope, artefacts.planner, say)
     except UserError as error:
@@ -68,9 +69,10 @@ def lead(found: Forecast, scope: Scope) -> str:
         if scope.is_whole
         else f"Of {len(scope.compressible)} compressible layers, {len(scope.layers)} were forecast. "
     )
+    coarse = "" if scope.has_every_size else f", of the sizes {', '.join(map(str, scope.sizes))} that were tried"
     return (
         f"{where}With {found.method}, {kept:,} of {total:,} experts would keep the predicted relative output error "
-        f"of each layer within {LEAD_TOLERANCE:.0%}. A prediction is of one layer at a time, on inputs of the "
+        f"of each layer within {LEAD_TOLERANCE:.0%}{coarse}. A prediction is of one layer at a time, on inputs of the "
         "original model."
     )
 
@@ -82,23 +84,23 @@ def blocks_of(artefacts: Artefacts, planner: Planner, found: Forecast, scope: Sc
         layer_figure(curve_frame(found, short), bounded(scope)),
         whole_figure(found, is_whole=scope.is_whole),
     ]
-    blocks.append(suggestion_table(found, experts))
+    blocks.append(suggestion_table(found, experts, bounded(scope)))
     stored = {t: suggested_bytes(planner, found.method, found.suggest(t)) for t in TOLERANCES}
-    blocks.append(bytes_table(found, stored, planner.source.num_bytes))
+    blocks.append(bytes_table(found, stored, planner.source.num_bytes, bounded(scope)))
     blocks += measured_blocks(artefacts, found, short)
     return blocks + [Note(text) for text in notes(found, scope)]
 
 
 def bounded(scope: Scope) -> str:
-    """What the report left out, in words; empty for nothing."""
-    if scope.is_whole and len(scope.sizes) == scope.sizes[-1]:
+    """What was left out, in words; empty for nothing."""
+    if scope.is_whole and scope.has_every_size:
         return ""
-    layers = (
-        ""
-        if scope.is_whole
-        else f"{len(scope.layers)} of {len(scope.compressible)} layers, spread over the model, and "
-    )
-    return f"To bound the work, {layers}{len(scope.sizes)} sizes were tried; --thorough tries all."
+    sizes = f"Sizes that were tried: {', '.join(map(str, scope.sizes))}"
+    if scope.is_thorough:
+        return f"{sizes}."
+    of = f"{len(scope.layers)} of {len(scope.compressible)}"
+    layers = "" if scope.is_whole else f"; layers: {of}, spread over the model"
+    return f"{sizes}{layers}; --thorough tries more."
 
 
 def measured_blocks(artefacts: Artefacts, found: Forecast, short: dict[str, str]) -> list[Block]:
@@ -156,6 +158,7 @@ def check_text(checked: dict, method: str) -> str:
         return ""
     of = f"method {method}" if which == method else "methods m-smoe and m-smoe-refit together"
     return (
-        f"How far to trust this: on the demo checkpoint, {of}, the Spearman correlation over sizes of the predicted KL "
-        f"divergence with what was measured is: {', '.join(known)}. {verdict[:1].upper()}{verdict[1:]}."
+        f"How far to trust this: in a check on the demo checkpoint, {of}, the Spearman correlation over sizes of the "
+        f"predicted KL divergence with what was measured was: {', '.join(known)}. Of both methods that were checked, "
+        f"together: {verdict}."
     )

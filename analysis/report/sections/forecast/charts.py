@@ -99,10 +99,11 @@ def whole_figure(found: Forecast, *, is_whole: bool) -> Figure:
     )
     reading = (
         "Predicted KL divergence of the compressed model's answers from the original's, in nats per target token, if "
-        "every layer keeps so many experts. It is a second-order estimate: read the shape more than the value."
+        "every layer of the curves above keeps so many experts. It is a second-order estimate: read the shape more "
+        "than the value."
         if shows_kl
-        else "Mean over the layers of the predicted relative output error, if every layer keeps so many experts. It "
-        "adds nothing up: errors that one layer hands to the next are not in it."
+        else "Mean over the layers of the curves above of the predicted relative output error, if each keeps so many "
+        "experts. Errors that one layer hands to the next are not in it."
     )
     return Figure(
         "forecast-model",
@@ -157,11 +158,12 @@ def measured_figure(frame: pd.DataFrame, found: Forecast, *, name: str, short: d
     )
 
 
-def suggestion_table(found: Forecast, experts: dict[str, int]) -> Table:
+def suggestion_table(found: Forecast, experts: dict[str, int], bounded: str) -> Table:
     """Experts per layer at some tolerances, and where the cliff is.
 
     Args:
         experts: of each layer of the original.
+        bounded: what was left out, in words.
     """
     columns = {f"at{int(100 * t)}": found.suggest(t) for t in TOLERANCES}
     rows = [
@@ -177,7 +179,7 @@ def suggestion_table(found: Forecast, experts: dict[str, int]) -> Table:
         "forecast-sizes",
         "Suggested experts per layer",
         "The smallest size tried from which on every larger one stays within the tolerated error, and the size below "
-        "which the error takes off (a dash: it rises evenly).",
+        f"which the error takes off (a dash: nowhere). {bounded}".rstrip(),
         pd.DataFrame(rows),
         (
             Column("layer", "layer"),
@@ -185,14 +187,15 @@ def suggestion_table(found: Forecast, experts: dict[str, int]) -> Table:
             *(Column(f"at{int(100 * t)}", f"within {t:.0%}", "integer") for t in TOLERANCES),
             Column("cliff", "cliff at", "integer"),
         ),
+        is_essential=True,
     )
 
 
-def bytes_table(found: Forecast, stored: dict[float, int], source_bytes: int) -> Table:
+def bytes_table(found: Forecast, stored: dict[float, int], source_bytes: int, bounded: str) -> Table:
     """Bytes of the checkpoint at each tolerance.
 
     Args:
-        stored: tolerance -> bytes.
+        stored: tolerance -> bytes; bounded: what was left out, in words.
     """
     rows = [
         {
@@ -206,7 +209,8 @@ def bytes_table(found: Forecast, stored: dict[float, int], source_bytes: int) ->
     return Table(
         "forecast-bytes",
         "What it would weigh",
-        "Bytes of weights of an exact export with the suggested experts; layers without a forecast stay as they are.",
+        "Bytes of weights of an exact export with the suggested experts; layers without a forecast stay as they are. "
+        f"{bounded}".rstrip(),
         pd.DataFrame(rows),
         (
             Column("tolerance", "tolerated error", "share"),

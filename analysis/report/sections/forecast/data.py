@@ -19,13 +19,13 @@ from msmoe.compare.summary import FULL
 from msmoe.errors import UserError
 from msmoe.families import MoELayer
 from msmoe.forecast import Forecast, default_sizes, forecast
-from msmoe.methods import METHODS, REROUTING, check_statistics, resolve
+from msmoe.methods import METHODS, REROUTING, check_statistics, resolve, variant
 from msmoe.plan import Plan
 from msmoe.planning import Planner, predict, sketch
 
 WHOLE = "whole model"
 DEFAULT_METHOD = "m-smoe-refit"
-CHECK = Path(__file__).parents[2] / "results" / "forecast" / "forecast.json"
+CHECK = Path(__file__).parents[3] / "results" / "forecast" / "forecast.json"
 SECONDS = 3.0  # of one core, about: how much a report spends on a forecast before it leaves out sizes and layers
 MOST_SECONDS = 900.0  # what the smallest forecast may take
 FEWEST_LAYERS, FEWEST_SIZES = 4, 3
@@ -41,23 +41,43 @@ class Scope:
     layers: tuple[str, ...]
     sizes: tuple[int, ...]
     compressible: tuple[str, ...]
+    is_thorough: bool = False
 
     @property
     def is_whole(self) -> bool:
         return len(self.layers) == len(self.compressible)
 
+    @property
+    def has_every_size(self) -> bool:
+        return len(self.sizes) == self.sizes[-1]
+
 
 def forecast_method(artefacts: Artefacts, stats: Stats) -> str:
-    """The plan's method, if it can be forecast from these statistics, else the default."""
-    method = artefacts.plan.plan.method if artefacts.plan else DEFAULT_METHOD
-    if method not in METHODS or METHODS[method].fixed or resolve(method, {}).factors is not None:
+    """The plan's method with its choices, if it can be forecast from these statistics, else the default method."""
+    if artefacts.plan is None:
         return DEFAULT_METHOD
     try:
+        label = method_label(artefacts.plan.plan)
+        method, choices = variant(label)
+        parameters = resolve(method, choices)
         for layer in stats.layers.values():
-            check_statistics(resolve(method, {}), method, layer)
+            check_statistics(parameters, method, layer)
     except UserError:
         return DEFAULT_METHOD
-    return method
+    impossible = METHODS[method].fixed or parameters.factors is not None or parameters.refit == "sequential"
+    return DEFAULT_METHOD if impossible else label
+
+
+def method_label(plan: Plan) -> str:
+    """A plan's method with the choices that are not the method's own, as `msmoe compare` writes it.
+
+    Raises:
+        UserError: for a method that this version does not know.
+    """
+    usual = asdict(resolve(plan.method, {}))
+    chosen = {name: value for name, value in plan.parameters.items() if usual.get(name, value) != value}
+    parts = [f"{name}={value}" for name, value in chosen.items() if name not in ("experts", "budget")]
+    return ":".join([plan.method, *parts])
 
 
 def kept_layers(artefacts: Artefacts, planner: Planner) -> list[str] | None:
@@ -73,14 +93,16 @@ def choose_scope(artefacts: Artefacts, planner: Planner) -> Scope | None:
     """As many sizes and layers, spread over the model, as the time allows; None if even the fewest take too long."""
     method = forecast_method(artefacts, planner.stats)
     layers = planner.compressible(kept_layers(artefacts, planner))
+    if not layers:
+        return None
     num_experts = min(layer.num_experts for layer in layers)
     names = tuple(layer.name for layer in layers)
     if artefacts.is_thorough:
-        return Scope(method, names, tuple(default_sizes(num_experts)), names)
+        return Scope(method, names, tuple(default_sizes(num_experts)), names, is_thorough=True)
     cost = max(seconds(method, layer) for layer in layers)
     allowed = SECONDS / cost
     sizes = thinned(num_experts, max(int(allowed / len(layers)), FEWEST_SIZES))
-    count = min(len(layers), max(int(allowed / len(sizes)), FEWEST_LAYERS))
+    count = min(len(layers), max(int(allowed / max(len(sizes), 1)), FEWEST_LAYERS))
     if count * len(sizes) * cost > MOST_SECONDS:
         return None
     places = sorted({int(i) for i in np.linspace(0, len(names) - 1, count).round()})
@@ -89,7 +111,7 @@ def choose_scope(artefacts: Artefacts, planner: Planner) -> Scope | None:
 
 def seconds(method: str, layer: MoELayer) -> float:
     """About how long one layer takes at one size."""
-    merges = METHODS[method].defaults.others == "merge"
+    merges = resolve(*variant(method)).others == "merge"
     return layer.num_experts * (SECONDS_PER_EXPERT + merges * SECONDS_PER_CUBE * layer.d_ff**3)
 
 
@@ -141,11 +163,12 @@ def curve_frame(found: Forecast, short: dict[str, str]) -> pd.DataFrame:
 
 def suggested_bytes(planner: Planner, method: str, sizes: dict[str, int]) -> int:
     """Bytes of an `exact` export with so many experts in each layer; layers not named stay as they are."""
-    parameters = resolve(method, {})
+    known, choices = variant(method)
+    parameters = resolve(known, choices)
     removes = parameters.others in REROUTING
     experts = {layer.name: layer.num_experts for layer in planner.layers}
     layers = {name: sketch(experts[name], size, removes=removes) for name, size in sizes.items()}
-    plan = Plan(method, asdict(parameters), 0, {}, {}, layers)
+    plan = Plan(known, asdict(parameters), 0, {}, {}, layers)
     return predict(planner.family, planner.source, plan, export="exact").predicted["bytes"]
 
 
@@ -167,7 +190,7 @@ def measured_frame(comparison: Comparison, found: Forecast) -> pd.DataFrame:
     for cell in mine:
         at = {name: predicted_at(found, name, size) for name, size in cell["kept"].items() if name in found.layers}
         loss = mean_loss(cell)
-        if full and at and loss is not None:
+        if full and at.keys() == cell["kept"].keys() and loss is not None:
             total = float(np.sum(list(at.values()))) if has_divergence(found) else float(np.mean(list(at.values())))
             rows.append((WHOLE, cell["experts"], total, loss - float(np.mean(full))))
         for name, increase in (cell.get("layer_loss") or {}).items():

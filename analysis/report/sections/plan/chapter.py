@@ -18,7 +18,8 @@ from analysis.report.sections.plan.frames import (
     group_frame,
     usage_of,
 )
-from msmoe.methods import METHODS
+from msmoe.layer_errors import covered
+from msmoe.methods import METHODS, factor_options
 from msmoe.plan import Plan
 
 BAR = 20  # pixels
@@ -41,9 +42,18 @@ def section(artefacts: Artefacts, say: Callable[[str], None]) -> Section | None:
     plans = all_plans(artefacts)
     if len(plans) > 1:
         blocks.append(plan_table(comparison_frame(plans)))
+        blocks.append(Note(f"Of {len(plans)} plans, {artefacts.plan.label} is the one drawn: the first one given."))
+    if artefacts.calibration is not None and not made_from_these(plan, artefacts):
+        blocks.append(Note("The plan was made from other statistics than those given, which the shares here are of."))
     if not usage:
         blocks.append(Note("No statistics: give the directory that `msmoe profile` wrote to see the groups' tokens."))
     return Section("plan", "Plan", lead(plan, artefacts.plan.label, budget, groups), tuple(blocks))
+
+
+def made_from_these(plan: Plan, artefacts: Artefacts) -> bool:
+    """Whether the plan's statistics are among those given; also if it names none."""
+    used, given = covered(plan.stats), artefacts.calibration.covers if artefacts.calibration else frozenset()
+    return used <= given
 
 
 def lead(plan: Plan, label: str, budget: pd.DataFrame, groups: pd.DataFrame) -> str:
@@ -81,7 +91,8 @@ def facts(artefacts: Artefacts, plan: Plan, budget: pd.DataFrame) -> list[Fact]:
             share = f", {value / source[key]:.1%} of the original" if source.get(key) else ""
             found.append(Fact(label, show(value), f"predicted{share}"))
     if not plan.predicted:
-        found.append(Fact("Bytes", "not predicted", "known once the merged experts are decomposed"))
+        why = "known once the merged experts are decomposed" if factor_options(plan.parameters) else "the plan has none"
+        found.append(Fact("Bytes", "not predicted", why))
     found.append(Fact("Seed", str(plan.seed)))
     return found
 
@@ -103,7 +114,7 @@ def flow_figure(frame: pd.DataFrame, *, has_usage: bool) -> Figure:
         "Who becomes part of whom",
         f"Experts of a layer at the left{points}, and what they become at the right, named by the dominant expert "
         "(diamond); a thick curve is a large weight in the average, a dashed one none. Look for groups of many thin "
-        "curves: experts that lose themselves.",
+        "curves: experts that hardly count in the average.",
         flow(frame),
         flow_multiples(frame),
     )
@@ -156,10 +167,11 @@ def layer_table(budget: pd.DataFrame) -> Table:
             Column("what", "what"),
             Column("experts", "experts", "integer"),
             Column("kept", "kept", "integer"),
-            Column("removed", "removed", "integer", "experts taken out without being merged"),
+            Column("removed", "removed", "integer", "experts whose weights are in none of the kept ones"),
             Column("largest", "largest group", "integer", "experts"),
             Column("note", "note"),
         ),
+        is_essential=True,
     )
 
 
@@ -183,8 +195,8 @@ def plan_table(plans: pd.DataFrame) -> Table:
     return Table(
         "plan-comparison",
         "Plans side by side",
-        "Agreement is the adjusted Rand index of the groupings with those of the first plan, mean over layers: 1 is "
-        "the same, about 0 is chance; removed experts count as one group.",
+        "Agreement is the adjusted Rand index of the groupings with those of the first plan, mean over the layers that "
+        "both change: 1 is the same, about 0 is chance; removed experts count as one group.",
         plans,
         (
             Column("plan", "plan"),

@@ -21,7 +21,8 @@ def usage_of(artefacts: Artefacts) -> dict[str, np.ndarray]:
     """Share (0 to 1) of each expert (E,) in its layer's routed tokens; nothing without statistics."""
     if artefacts.calibration is None:
         return {}
-    return {name: layer.usage_frequency.numpy() for name, layer in artefacts.calibration.layers.items()}
+    layers = artefacts.calibration.layers
+    return {name: layer.usage_frequency.numpy() for name, layer in layers.items() if layer.num_tokens > 0}
 
 
 def shares_in(usage: Mapping[str, np.ndarray], name: str, num_experts: int) -> np.ndarray:
@@ -34,7 +35,7 @@ def layer_names(artefacts: Artefacts, plan: Plan) -> list[str]:
     """Layers that the plan changes or names as kept, in forward order where that is known."""
     listed = plan.parameters.get("keep_layers") or []
     kept = [str(name) for name in listed] if isinstance(listed, list) else []
-    wanted = dict.fromkeys([*kept, *plan.layers])
+    wanted = dict.fromkeys([*kept, *plan.layers, *artefacts.layers])
     return (
         sorted(wanted, key=list(artefacts.layers).index) if wanted.keys() <= artefacts.layers.keys() else list(wanted)
     )
@@ -126,11 +127,17 @@ def budget_frame(artefacts: Artefacts, plan: Plan) -> pd.DataFrame:
         else:
             dominant = [str(group.dominant) for group in layer.groups]
             more = f", … ({len(dominant) - DOMINANT} more)" if len(dominant) > DOMINANT else ""
-            row |= {"experts": layer.num_experts, "kept": len(layer.groups), "removed": len(layer.removed)}
+            row |= {"experts": layer.num_experts, "kept": len(layer.groups), "removed": unmerged(layer)}
             row |= {"largest": max(len(group.members) for group in layer.groups), "what": "compressed"}
             row["dominant"] = ", ".join(dominant[:DOMINANT]) + more
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def unmerged(layer: LayerPlan) -> int:
+    """Experts whose weights go, whether their tokens are sent to another expert or not."""
+    weightless = [w for group in layer.groups for w in group.weights if w == 0]
+    return len(layer.removed) + len(weightless)
 
 
 def all_plans(artefacts: Artefacts) -> list[LabelledPlan]:
@@ -157,16 +164,15 @@ def comparison_frame(plans: Sequence[LabelledPlan]) -> pd.DataFrame:
 
 
 def agreement(a: Plan, b: Plan) -> float:
-    """Adjusted Rand index of two plans' groupings, mean over layers: 1 is the same, about 0 is chance.
+    """Adjusted Rand index of two plans' groupings, mean over the layers that both change: 1 is the same, 0 chance.
 
-    Removed experts are one group; a layer that one plan does not change has every expert in a group of its own.
+    Removed experts are one group.
     """
-    values = []
-    for name in dict.fromkeys([*a.layers, *b.layers]):
-        count = (a.layers.get(name) or b.layers[name]).num_experts
-        one, other = (plan.layers.get(name) or LayerPlan.identity(count) for plan in (a, b))
-        if one.num_experts == other.num_experts:
-            values.append(adjusted_rand_score(labels(one), labels(other)))
+    values = [
+        adjusted_rand_score(labels(layer), labels(b.layers[name]))
+        for name, layer in a.layers.items()
+        if name in b.layers and b.layers[name].num_experts == layer.num_experts
+    ]
     return float(np.mean(values)) if values else float("nan")
 
 

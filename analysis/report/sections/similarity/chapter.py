@@ -35,6 +35,9 @@ def section(artefacts: Artefacts, say: Callable[[str], None]) -> Section | None:
     if similarities is None:
         missing = Note("No statistics: give the directory that `msmoe profile` wrote to see how similar experts are.")
         return Section("similarity", "Expert similarity", "", (missing, *alignment))
+    if not similarities.matrices:
+        unseen = Note("No token of the calibration data reached an MoE layer: there are no similarities.")
+        return Section("similarity", "Expert similarity", "", (unseen, *alignment))
     groups = plan_groups(artefacts, similarities.matrices)
     frame = layer_frame(similarities.matrices, groups)
     blocks: list[Block] = [Note(similarities.note)] if similarities.note else []
@@ -138,7 +141,7 @@ def reading(*, as_cells: bool, has_groups: bool) -> str:
     shown = "Each cell is the similarity of two experts" if as_cells else (
         "Each image is the matrix of a layer, averaged over blocks where it is large: the similarity of two experts"
     )  # fmt: skip
-    marks = "full cells are pairs that the plan merges, " if as_cells else ""
+    marks = "full cells are pairs that the plan puts into one group, " if as_cells else ""
     marks = f"; {marks}orange marks dominant experts" if has_groups else ""
     follow = ", and whether groups follow them" if has_groups else ""
     return (

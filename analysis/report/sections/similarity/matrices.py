@@ -108,7 +108,7 @@ def work(base: str, original: CheckpointFolder) -> float:
 
 
 def compute(artefacts: Artefacts, base: str, metric: str, say: Callable[[str], None]) -> dict[str, np.ndarray]:
-    """Matrices by layer; in one that cannot look at router rows, experts without a vector are similar to none.
+    """Matrices by layer, of layers that saw tokens; experts without a vector are similar to none.
 
     Raises:
         UserError: if statistics that the base reads were not recorded, or weights cannot be read.
@@ -116,6 +116,8 @@ def compute(artefacts: Artefacts, base: str, metric: str, say: Callable[[str], N
     assert artefacts.calibration is not None
     matrices = {}
     for done, (name, layer) in enumerate(artefacts.calibration.layers.items(), start=1):
+        if layer.num_tokens == 0:
+            continue
         say(f"similarities of layer {done} of {len(artefacts.calibration.layers)}")
         view = artefacts.planner.view(name) if artefacts.planner else without_weights(layer)
         matrices[name] = np.nan_to_num(similarity(view, base=base, metric=metric).numpy())  # pyright: ignore
