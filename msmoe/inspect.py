@@ -57,13 +57,13 @@ class Summary:
         return frame.astype(dict.fromkeys(columns[1:], "int64"))
 
 
-def inspect(checkpoint: str | Path) -> Summary:
+def inspect(checkpoint: str | Path | Checkpoint) -> Summary:
     """Summarise an original or compressed checkpoint without reading a weight.
 
     Raises:
         UserError: if the folder is damaged or of an unknown architecture.
     """
-    source = Checkpoint(checkpoint)
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     family = inspectable_family_of(source)
     parts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     experts: dict[str, list[int]] = defaultdict(lambda: [0, 0])

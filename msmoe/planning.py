@@ -84,8 +84,8 @@ class Planner:
         UserError: for statistics of another checkpoint.
     """
 
-    def __init__(self, checkpoint: str | Path, stats: Stats | str | Path):
-        self.source = Checkpoint(checkpoint)
+    def __init__(self, checkpoint: str | Path | Checkpoint, stats: Stats | str | Path):
+        self.source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
         self.family = family_of(self.source)
         self.stats = stats if isinstance(stats, Stats) else Stats.load(stats)
         self.stats.check_against(self.source)

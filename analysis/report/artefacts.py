@@ -125,7 +125,7 @@ class Artefacts:
         """Access to the weights behind the statistics; needs the original checkpoint and statistics."""
         if self.original is None or self.calibration is None:
             return None
-        return Planner(self.original.checkpoint.path, self.calibration)
+        return Planner(self.original.checkpoint, self.calibration)
 
     @cached_property
     def layers(self) -> dict[str, int]:
@@ -232,7 +232,7 @@ def open_checkpoint(path: Path, label: str) -> CheckpointFolder:
     """A checkpoint folder; one with a provenance file is a compressed or fine-tuned one."""
     checkpoint = Checkpoint(path)
     plan = path / "plan.json"
-    provenance, summary = read_provenance(checkpoint), inspect(path)
+    provenance, summary = read_provenance(checkpoint), inspect(checkpoint)
     found = Plan.load(plan) if provenance and plan.exists() else None
     if found is not None:
         check_plan(label, summary, provenance, found)

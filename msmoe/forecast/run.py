@@ -13,6 +13,7 @@ import torch
 
 from msmoe.calibration.sample import TokenSample, mix
 from msmoe.calibration.stats import Stats
+from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
 from msmoe.forecast.curves import Forecast, LayerForecast
 from msmoe.forecast.trial import Trial
@@ -24,7 +25,7 @@ HELD_OUT = 4  # one record of so many is held out
 
 
 def forecast(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
     stats: Stats | str | Path,
     *,
     method: str = "m-smoe-refit",

@@ -26,7 +26,7 @@ from msmoe.planning import Planner, predict, sketch
 WHOLE = "whole model"
 DEFAULT_METHOD = "m-smoe-refit"
 CHECK = Path(__file__).parents[3] / "results" / "forecast" / "forecast.json"
-SECONDS = 3.0  # of one core, about: how much a report spends on a forecast before it leaves out sizes and layers
+SECONDS = 2.0  # of one core, about: how much a report spends on a forecast before it leaves out sizes and layers
 MOST_SECONDS = 900.0  # what the smallest forecast may take
 FEWEST_LAYERS, FEWEST_SIZES = 4, 3
 SECONDS_PER_EXPERT, SECONDS_PER_CUBE = 5.5e-4, 2.2e-10  # of one size; by the cube of d_ff where experts are merged
@@ -134,7 +134,7 @@ def make_forecast(scope: Scope, planner: Planner, say: Callable[[str], None]) ->
     """
     kept = [layer.name for layer in planner.layers if layer.name not in scope.layers]
     return forecast(
-        planner.source.path, planner.stats, method=scope.method, sizes=scope.sizes, keep_layers=kept or ["none"],
+        planner.source, planner.stats, method=scope.method, sizes=scope.sizes, keep_layers=kept or ["none"],
         tokens=MAX_TOKENS, progress=lambda done, total: say(f"layer {done} of {total}"),
     )  # fmt: skip
 
