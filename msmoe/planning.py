@@ -102,6 +102,11 @@ class Planner:
         **choices,
     ) -> Plan:
         """As `msmoe.plan`."""
+        decided = self.decide(method, keep_layers=keep_layers, seed=seed, **choices)
+        return predict(self.family, self.source, decided, export=export)
+
+    def decide(self, method: str, *, keep_layers: list[str] | None = None, seed: int = 0, **choices) -> Plan:
+        """The plan without the size that it will have."""
         request = self._request(method, keep_layers, seed, choices)
         planned, notes = {}, {}
         for name, count in request.counts.items():
@@ -109,7 +114,7 @@ class Planner:
             planned[name], note = plan_layer(view, name, request.scores[name], count, request.parameters)
             if note:
                 notes[name] = note
-        return predict(self.family, self.source, self._plan(request, planned, notes), export=export)
+        return self._plan(request, planned, notes)
 
     def predicted_bytes(
         self, method: str, *, keep_layers: list[str] | None = None, seed: int = 0, export: str = "exact", **choices

@@ -88,7 +88,7 @@ def to_spec(chart: alt.TopLevelMixin, *, title: str = "") -> dict[str, Any]:
             place of the page's.
     """
     with alt.data_transformers.enable(consolidate_datasets=True, max_rows=None):
-        spec = chart.to_dict()
+        spec = chart.to_dict(validate=False)  # Vega-Lite itself will say what is wrong
     spec["config"] = THEME
     if title:
         spec["config"] = THEME | {"background": "white"}

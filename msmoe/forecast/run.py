@@ -72,7 +72,7 @@ def forecast(
     layers = planner.compressible(keep_layers)
     sizes = check_sizes(sizes, min((layer.num_experts for layer in layers), default=1))
     choices |= {"budget": "uniform"}
-    plans = [planner.plan(name, keep_layers=keep_layers, experts=size, **choices) for size in sizes]
+    plans = [planner.decide(name, keep_layers=keep_layers, experts=size, **choices) for size in sizes]
     num_targets = target_tokens(planner, stats)
     result: dict[str, LayerForecast] = {}
     for layer in layers:
