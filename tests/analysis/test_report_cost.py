@@ -249,6 +249,13 @@ def test_recovery_shows_the_validation_loss_before_and_after(exact, tmp_path):
     assert "cost-recovery" not in names_of(section_of(exact))
 
 
+def test_output_errors_of_a_trained_checkpoint_are_told_to_say_little(switch, stats, exact, tmp_path):
+    recovery = {"steps": 3, "best_step": 2, "teacher": "sha256:0", "validation_loss": {"before": 2.0, "after": 1.0}}
+    trained = with_provenance(exact, tmp_path / "trained", recovery=recovery | {"num_records": {"train": 9}})
+    assert "trained was trained after compression" in notes_of(section_of(switch, stats, exact, trained))
+    assert "was trained after compression" not in notes_of(section_of(switch, stats, exact))
+
+
 def test_a_native_checkpoint_knows_from_its_plan_what_it_was_made_of(native):
     artefacts = gather([native])
     object.__setattr__(artefacts, "layers", {})  # as if nothing else knew

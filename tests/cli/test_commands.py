@@ -136,7 +136,7 @@ def test_the_readmes_files_are_written_and_nothing_else(readme_tiny):
     names = {file.name for file in readme_tiny[0].iterdir()}
     given = {"switch-base-8", "calibration.jsonl", "train.jsonl", "task.jsonl", "tasks"}
     written = {"stats", "plan.json", "switch-small", "switch-tiny", "switch-final", "switch-final.training"}
-    assert names - given == written | {"results.json", "in-one-go", "comparison"}
+    assert names - given == written | {"results.json", "in-one-go", "comparison", "report.html"}
 
 
 def test_the_readmes_checkpoint_keeps_two_experts_and_loads(readme_tiny):

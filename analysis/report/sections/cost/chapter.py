@@ -108,12 +108,15 @@ def notes(artefacts: Artefacts, costs: Sequence[Cost]) -> list[str]:
             "would be larger on other tokens. Statistics of other records of the same checkpoint (msmoe profile) "
             "give a fair number."
         )
+    trained = [cost.label for cost in costs if cost.errors and cost.folder.provenance.get("recovery")]
+    if trained:
+        texts.append(
+            f"{', '.join(trained)} was trained after compression: its layers make up for one another and need not give "
+            "what the original's gave, so their output errors say little of its quality."
+        )
     unranked = [cost.label for cost in costs if any(f.stable_rank_after is None for f in cost.errors.values())]
     if unranked:
-        texts.append(
-            f"Stable ranks of {', '.join(unranked)} were not computed, which takes long. The module "
-            "msmoe.layer_errors does it."
-        )
+        texts.append(f"Stable ranks of {', '.join(unranked)} were not computed, which takes long: --thorough does it.")
     texts += dropped_notes(costs)
     if len(artefacts.compressed) > MAX_CHECKPOINTS:
         texts.append(f"Of {len(artefacts.compressed)} compressed checkpoints, the first {MAX_CHECKPOINTS} are shown.")
