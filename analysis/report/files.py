@@ -1,10 +1,12 @@
 """Figures as PNG and SVG, tables as CSV."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 from analysis.report.charts import to_spec
 from analysis.report.document import Document
+from analysis.report.page import encodable
 from msmoe.checkpoint import write_whole
 from msmoe.errors import UserError
 
@@ -29,11 +31,11 @@ def write_files(document: Document, out: Path, *, force: bool, tell: Callable[[i
         out.mkdir(parents=True, exist_ok=True)
         for done, figure in enumerate(figures):
             tell(done, len(figures), figure.name)
-            spec = to_spec(figure.still or figure.chart, title=figure.title)
+            spec = encodable(json.dumps(to_spec(figure.still or figure.chart, title=figure.title), ensure_ascii=False))
             (out / f"{figure.name}.png").write_bytes(vl_convert.vegalite_to_png(spec, scale=SCALE))
             write_whole(out / f"{figure.name}.svg", vl_convert.vegalite_to_svg(spec))
         for table in tables:
-            write_whole(out / f"{table.name}.csv", table.frame.to_csv(index=False, lineterminator="\n"))
+            write_whole(out / f"{table.name}.csv", encodable(table.frame.to_csv(index=False, lineterminator="\n")))
     except OSError as error:
         raise UserError(f"cannot write into {out}: {error.strerror}") from error
     tell(len(figures), len(figures), "")

@@ -40,7 +40,7 @@ def to_html(document: Document) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.j2").render(
+    page = environment.get_template("page.html.j2").render(
         document=document,
         css=(ASSETS / "page.css").read_text(encoding="utf-8"),
         js=(ASSETS / "page.js").read_text(encoding="utf-8"),
@@ -52,6 +52,12 @@ def to_html(document: Document) -> str:
         words=words,
         version=version("msmoe"),
     )
+    return encodable(page)
+
+
+def encodable(text: str) -> str:
+    """Text that can be written as UTF-8: names may hold half a surrogate pair."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def pack_charts(document: Document) -> tuple[dict[str, dict], dict[str, dict]]:

@@ -37,6 +37,7 @@ HOSTILE = {
     "long": "x" * 10_000,
     "scripts of the world": "层 слой \u202eretal‎ \U0001f600",
     "control": "a\x1b[31mb\nc\td",
+    "half a pair": "\ud800",
 }
 MSMOE = Path(sys.executable).with_name("msmoe")
 
@@ -385,6 +386,14 @@ def test_a_figure_on_file_has_its_title_and_settings(stats):
 
 
 # Files and text
+
+
+def test_half_a_surrogate_pair_in_a_name_can_be_written(stats, tmp_path):
+    layers = dict(zip(["a\ud800", "b", "c", "d"], stats.layers.values(), strict=True))
+    made = report(Stats(layers, stats.data, stats.checkpoint))
+    made.save(tmp_path / "report.html")
+    made.save_figures(tmp_path / "figures")
+    assert "a?" in (tmp_path / "figures" / "usage-layers.csv").read_text(encoding="utf-8")
 
 
 def test_every_figure_is_written_as_png_and_svg_and_every_table_as_csv(all_of_it, tmp_path):
