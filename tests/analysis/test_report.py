@@ -409,6 +409,16 @@ def test_every_figure_is_written_as_png_and_svg_and_every_table_as_csv(all_of_it
             assert len(read) == len(table.frame)
 
 
+def test_figures_that_are_interrupted_leave_nothing(stats, tmp_path):
+    def stop(done, total, name):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        report(stats).save_figures(tmp_path / "figures", tell=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_overwritten_unless_asked(folder, tmp_path):
     made = report(folder / "stats")
     made.save(tmp_path / "report.html")
