@@ -7,6 +7,8 @@ from typing import Any, Literal
 import altair as alt
 import pandas as pd
 
+from msmoe.units import human_bytes
+
 Format = Literal["text", "integer", "share", "number", "bytes"]
 
 
@@ -136,18 +138,14 @@ class Document:
         return [block for section in self.sections for block in section.blocks if isinstance(block, Table)]
 
 
-def human_bytes(count: float) -> str:
-    """Bytes in decimal units, as disks count them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+def printable(text: str) -> str:
+    """Text without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def shorten(text: str, length: int = 40) -> str:
     """Printable text of at most `length` characters, cut in the middle."""
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    text = printable(text)
     half = (length - 1) // 2
     return text if len(text) <= length else f"{text[: length - 1 - half]}…{text[-half:]}"
 

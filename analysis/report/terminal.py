@@ -10,7 +10,7 @@ from rich.text import Text
 
 from analysis.report.build import Report
 from analysis.report.charts import short_names
-from analysis.report.document import Facts, Note, Section, Table, shorten
+from analysis.report.document import Facts, Note, Section, Table, printable, shorten
 from msmoe.calibration.stats import Stats
 from msmoe.usage import effective_experts
 
@@ -99,10 +99,5 @@ def characters(values: np.ndarray, levels: str) -> str:
     size = -(-len(values) // MAX_CELLS)
     cells = [values[i : i + size].max() for i in range(0, len(values), size)]
     top = len(levels) - 1
-    largest = max(*cells, 1e-30) if len(cells) > 1 else max(cells[0], 1e-30)
+    largest = max([*cells, 1e-30])
     return "".join(levels[0 if v <= 0 else max(1, round(v / largest * top))] for v in cells)
-
-
-def printable(text: str) -> str:
-    """Text without control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import click
 
-from msmoe.cli.console import console, human_bytes, print_json, progress, table
+from msmoe.cli.console import console, print_json, progress, table
 from msmoe.cli.factorize import rank_table
 from msmoe.cli.options import APPLY_OPTIONS, add_options, checkpoint_argument, json_option, parse_size
+from msmoe.units import human_bytes
 
 
 @click.command("apply")

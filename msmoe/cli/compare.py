@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from msmoe.cli.console import console, human_bytes, print_json, progress, table
+from msmoe.cli.console import console, print_json, progress, table
 from msmoe.cli.options import AT_LEAST_ONE, checkpoint_argument, force_option, json_option
+from msmoe.units import human_bytes
 
 RECOVERY_NAMES = ("learning_rate", "batch_size", "kd_weight", "hidden_weight")
 

@@ -64,14 +64,6 @@ def table(*columns: str, title: str | None = None) -> Table:
     return result
 
 
-def human_bytes(count: int | float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def usage_table(stats) -> Table:
     """Per-layer expert usage: one bar per expert, entropy, the largest share, dropped tokens.
 

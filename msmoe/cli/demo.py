@@ -12,10 +12,11 @@ from typing import Any
 import click
 
 from msmoe.cli.apply import print_report
-from msmoe.cli.console import console, human_bytes, progress, table, usage_table
+from msmoe.cli.console import console, progress, table, usage_table
 from msmoe.cli.factorize import print_factors
 from msmoe.cli.options import check_output, force_option
 from msmoe.cli.plan import print_plan
+from msmoe.units import human_bytes
 
 METRICS = "exact_match,macro_f1,loss"
 EXPERT_SHARE = 0.3  # of the bytes of the merged experts, for the factorised ones

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import click
 
-from msmoe.cli.console import console, human_bytes, print_json, progress, table
+from msmoe.cli.console import console, print_json, progress, table
 from msmoe.cli.options import checkpoint_argument, force_option, json_option, seed_option
+from msmoe.units import human_bytes
 
 
 @click.command("evaluate")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from msmoe.cli.console import console, human_bytes, print_json, progress, table
+from msmoe.cli.console import console, print_json, progress, table
 from msmoe.cli.options import (
     FACTOR_NAMES,
     FACTOR_OPTIONS,
@@ -14,6 +14,7 @@ from msmoe.cli.options import (
     json_option,
     parse_size,
 )
+from msmoe.units import human_bytes
 
 
 @click.command("factorize")

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import click
 
-from msmoe.cli.console import console, human_bytes, print_json, progress, table
+from msmoe.cli.console import console, print_json, progress, table
 from msmoe.cli.factorize import rank_table
 from msmoe.cli.options import checkpoint_argument, json_option
+from msmoe.units import human_bytes
 
 
 @click.command("inspect")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from msmoe.cli.console import console, human_bytes, progress, table
+from msmoe.cli.console import console, progress, table
 from msmoe.cli.options import (
     FACTOR_OPTIONS,
     PLAN_OPTIONS,
@@ -15,6 +15,7 @@ from msmoe.cli.options import (
     json_option,
     seed_option,
 )
+from msmoe.units import human_bytes
 
 WORDS = {
     "remove": "removed",

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import click
 
-from msmoe.cli.console import console, human_bytes, print_json, progress
+from msmoe.cli.console import console, print_json, progress
 from msmoe.cli.options import AT_LEAST_ONE, force_option, json_option, seed_option
+from msmoe.units import human_bytes
 
 
 @click.command("recover")

@@ -8,8 +8,9 @@ import pandas as pd
 
 from analysis.report.artefacts import Artefacts, CheckpointFolder
 from analysis.report.charts import BLUE, GREEN, GREY
-from analysis.report.document import Block, Fact, Facts, Figure, Note, Section, human_bytes
+from analysis.report.document import Block, Fact, Facts, Figure, Note, Section
 from msmoe.planning import merged_size
+from msmoe.units import human_bytes
 from msmoe.usage import layer_frame
 
 SHARES = {"half": Fraction(1, 2), "a quarter": Fraction(1, 4), "an eighth": Fraction(1, 8)}

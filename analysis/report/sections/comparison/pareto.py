@@ -10,9 +10,10 @@ import pandas as pd
 
 from analysis.comparison_points import SAME_BYTES, Point, pareto_front, points, references, spread, value_range
 from analysis.report.charts import GREY, ORANGE
-from analysis.report.document import Figure, human_bytes
+from analysis.report.document import Figure
 from analysis.report.sections.comparison.looks import controls, kind_of, kind_scales, short_texts, steps_control
 from msmoe.compare.summary import Row, Summary, count
+from msmoe.units import human_bytes
 
 Channel = Callable[[str], Any]  # field -> its channel on a shared axis
 HEIGHT, LINE = 440, 15  # pixels: of the chart, of a label

@@ -9,12 +9,13 @@ import pandas as pd
 
 from analysis.report.artefacts import Comparison
 from analysis.report.charts import BLUE, GREY, ORANGE
-from analysis.report.document import Block, Column, Figure, Note, Table, human_bytes, shorten
+from analysis.report.document import Block, Column, Figure, Note, Table, shorten
 from analysis.report.sections.comparison.looks import MAX_METHODS, controls, short_texts
 from analysis.report.sections.comparison.settings import Labels, only_in_one, setting_frame, setting_table
 from msmoe.compare.reading import read
 from msmoe.compare.scoring import resample
 from msmoe.compare.summary import Summary, Task, count
+from msmoe.units import human_bytes
 
 ROW = 22  # pixels
 NAME = 80  # characters of names and values in tables

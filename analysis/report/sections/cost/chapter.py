@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 
 from analysis.report.artefacts import Artefacts
-from analysis.report.document import Block, Fact, Facts, Note, Section, human_bytes
+from analysis.report.document import Block, Fact, Facts, Note, Section
 from analysis.report.sections.cost.data import (
     MAX_CHECKPOINTS,
     Cost,
@@ -24,6 +24,7 @@ from analysis.report.sections.cost.layers import (
     refit_figure,
 )
 from analysis.report.sections.cost.size import recovery_table, size_blocks
+from msmoe.units import human_bytes
 
 LEAST_ERROR = 5e-4  # of a layer that the lead names
 MAX_EXPERTS, MIN_EXPERTS = 30, 10  # in the table of those that lost most: in all, of one checkpoint

@@ -7,8 +7,9 @@ import altair as alt
 import pandas as pd
 
 from analysis.report.charts import BLUE, COLOURS, GREY, ORANGE, choice
-from analysis.report.document import Column, Figure, Table, human_bytes
+from analysis.report.document import Column, Figure, Table
 from analysis.report.sections.cost.data import Cost
+from msmoe.units import human_bytes
 
 BAR, PANEL = 26, 300  # pixels
 MINUS = "\N{MINUS SIGN}"

@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis.report.artefacts import Artefacts
 from analysis.report.charts import BLUE, GREEN, GREY
-from analysis.report.document import Block, Column, Fact, Facts, Figure, Note, Section, Table, human_bytes, shorten
+from analysis.report.document import Block, Column, Fact, Facts, Figure, Note, Section, Table, shorten
 from analysis.report.sections.plan.charts import flow, flow_multiples
 from analysis.report.sections.plan.frames import (
     all_plans,
@@ -21,6 +21,7 @@ from analysis.report.sections.plan.frames import (
 from msmoe.layer_errors import covered
 from msmoe.methods import METHODS, factor_options
 from msmoe.plan import Plan
+from msmoe.units import human_bytes
 
 BAR = 20  # pixels
 ENDS = {"remove": "removed", "mean-output": "mean output"}
