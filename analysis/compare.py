@@ -1,6 +1,6 @@
 """Tables and figures of a comparison, from its results.json alone.
 
-python -m analysis.compare results.json --out DIR
+python -m msmoe.analysis.compare results.json --out DIR
 """
 
 import argparse
@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.comparison_plots import FIGURES, write_figures
-from analysis.comparison_tables import comparison_csv, latex, latex_document, markdown
-from analysis.cost_tables import cost_csv, cost_markdown
+from msmoe.analysis.comparison_plots import FIGURES, write_figures
+from msmoe.analysis.comparison_tables import comparison_csv, latex, latex_document, markdown
+from msmoe.analysis.cost_tables import cost_csv, cost_markdown
+
 from msmoe.checkpoint import write_whole
 from msmoe.compare.scoring import summarise
 from msmoe.errors import UserError
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         written = write_all(load_results(chosen.results), chosen.out, force=chosen.force)
     except UserError as error:
-        print(f"analysis.compare: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"msmoe.analysis.compare: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     for path in written:
         print(path)

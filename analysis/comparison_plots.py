@@ -17,8 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import FuncNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-
-from analysis.comparison_points import (
+from msmoe.analysis.comparison_points import (
     SAME_BYTES,
     Point,
     pareto_front,
@@ -28,6 +27,7 @@ from analysis.comparison_points import (
     standing,
     value_range,
 )
+
 from msmoe.compare.summary import FULL, Row, Score, Summary, Task, count, megabytes
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

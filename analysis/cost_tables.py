@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Mapping
 
-from analysis.comparison_tables import escape_markdown, markdown_line
+from msmoe.analysis.comparison_tables import escape_markdown, markdown_line
 
 MEASURES = (  # heading, keys in the entry, unit's factor
     ("MFLOP per token", ("flops_per_token",), 1e-6),

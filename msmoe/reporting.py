@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from analysis.report import Report
+    from msmoe.analysis.report import Report
 
 
 def report(*artefacts: object, thorough: bool = False, tell: Callable[[int, int, str], None] | None = None) -> "Report":
@@ -22,6 +22,6 @@ def report(*artefacts: object, thorough: bool = False, tell: Callable[[int, int,
     Raises:
         UserError: for something that is no artefact, or artefacts of different checkpoints.
     """
-    from analysis.report import report as make
+    from msmoe.analysis.report import report as make
 
     return make(*artefacts, thorough=thorough, tell=tell)

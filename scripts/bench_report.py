@@ -121,7 +121,9 @@ def main() -> None:
         "checkpoint, statistics, plan": [model, stats, plan],
         "checkpoint, statistics, plan, merged": [model, stats, plan, merged],
     }
-    imports = "import sys; sys.argv = ['msmoe']; import analysis.report, vl_convert; vl_convert.javascript_bundle()"
+    imports = (
+        "import sys; sys.argv = ['msmoe']; import msmoe.analysis.report, vl_convert; vl_convert.javascript_bundle()"
+    )
     start, memory = measure(sys.executable, "-c", imports)
     print("| report of | seconds | peak MB | page MB | first screen s | all figures s |\n|---|---|---|---|---|---|")
     print(f"| nothing: the imports alone | {start:.1f} | {memory:.0f} | | | |")

@@ -1,5 +1,5 @@
 """A report of any of the project's artefacts, alone or together: one HTML page, and its figures and tables as files."""
 
-from analysis.report.build import Report, report
+from msmoe.analysis.report.build import Report, report
 
 __all__ = ["Report", "report"]

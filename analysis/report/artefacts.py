@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from msmoe.analysis.report.document import shorten
 
-from analysis.report.document import shorten
 from msmoe.calibration.stats import Stats
 from msmoe.checkpoint import Checkpoint
 from msmoe.compare.reading import FORMAT as COMPARISON

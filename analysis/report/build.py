@@ -6,12 +6,12 @@ from html import escape
 from pathlib import Path
 
 import pandas as pd
+from msmoe.analysis.report.artefacts import Artefacts, gather
+from msmoe.analysis.report.document import Document
+from msmoe.analysis.report.files import write_files
+from msmoe.analysis.report.page import to_html
+from msmoe.analysis.report.sections import SECTIONS
 
-from analysis.report.artefacts import Artefacts, gather
-from analysis.report.document import Document
-from analysis.report.files import write_files
-from analysis.report.page import to_html
-from analysis.report.sections import SECTIONS
 from msmoe.checkpoint import write_whole
 from msmoe.errors import UserError
 

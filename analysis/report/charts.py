@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
-
-from analysis.report.document import distinct
+from msmoe.analysis.report.document import distinct
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, GREY = COLOURS

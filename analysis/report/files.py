@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from analysis.report.charts import to_spec
-from analysis.report.document import Document
-from analysis.report.page import encodable
+from msmoe.analysis.report.charts import to_spec
+from msmoe.analysis.report.document import Document
+from msmoe.analysis.report.page import encodable
+
 from msmoe.checkpoint.writer import explain_os_errors
 from msmoe.errors import UserError
 

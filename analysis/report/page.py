@@ -11,9 +11,8 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
-
-from analysis.report.charts import to_spec
-from analysis.report.document import Column, Document, Table
+from msmoe.analysis.report.charts import to_spec
+from msmoe.analysis.report.document import Column, Document, Table
 
 ASSETS = Path(__file__).with_name("assets")
 MAX_ROWS = 400  # of a table on the page

@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 
 import numpy as np
+from msmoe.analysis.report.build import Report
+from msmoe.analysis.report.charts import short_names
+from msmoe.analysis.report.document import Facts, Note, Section, Table, printable, shorten
 from rich.console import Group, RenderableType
 from rich.rule import Rule
 from rich.table import Table as Grid
 from rich.text import Text
 
-from analysis.report.build import Report
-from analysis.report.charts import short_names
-from analysis.report.document import Facts, Note, Section, Table, printable, shorten
 from msmoe.calibration.stats import Stats
 from msmoe.usage import effective_experts
 

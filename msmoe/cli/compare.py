@@ -72,7 +72,7 @@ def command(
     DIR gets results.json, and made from it alone: comparison.md, .csv, .tex and figures (PNG, SVG).
     An interrupted run goes on with --resume; --resume with more methods, sizes or seeds does what is new.
     """
-    from analysis.compare import write_all
+    from msmoe.analysis.compare import write_all
     from msmoe.compare.run import compare
     from msmoe.compare.settings import REFERENCES
     from msmoe.methods import METHODS

@@ -42,8 +42,8 @@ def command(
       results       of `msmoe compare` and `msmoe evaluate`
     Example: msmoe report switch-base-8 stats plan.json switch-small --out report.html
     """
-    from analysis.report import report
-    from analysis.report.terminal import to_text
+    from msmoe.analysis.report import report
+    from msmoe.analysis.report.terminal import to_text
 
     if not (out or figures or terminal or as_json):
         raise UserError("nowhere to report to: give --out FILE, --figures DIR, --terminal or --json")

@@ -14,11 +14,10 @@ from compare.synthetic import comparison
 from markdown_it import MarkdownIt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
-
-from analysis.compare import main, write_all
-from analysis.comparison_plots import STYLE, assign_looks, layer_loss, pareto, short_layers, tasks
-from analysis.comparison_points import Point, pareto_front, points, spread, standing
-from analysis.comparison_tables import (
+from msmoe.analysis.compare import main, write_all
+from msmoe.analysis.comparison_plots import STYLE, assign_looks, layer_loss, pareto, short_layers, tasks
+from msmoe.analysis.comparison_points import Point, pareto_front, points, spread, standing
+from msmoe.analysis.comparison_tables import (
     comparison_csv,
     escape_latex,
     escape_markdown,
@@ -27,7 +26,8 @@ from analysis.comparison_tables import (
     markdown,
     overview_table,
 )
-from analysis.cost_tables import cost_markdown
+from msmoe.analysis.cost_tables import cost_markdown
+
 from msmoe.compare.scoring import summarise
 from msmoe.compare.summary import LABELS, Score, Summary
 from msmoe.errors import UserError

@@ -13,17 +13,17 @@ import numpy as np
 import pandas as pd
 import pytest
 from compare.synthetic import comparison
+from msmoe.analysis.report import report
+from msmoe.analysis.report.artefacts import gather
+from msmoe.analysis.report.charts import short_names, to_spec
+from msmoe.analysis.report.document import Column, distinct, shorten
+from msmoe.analysis.report.page import pack, script_json, words
+from msmoe.analysis.report.sections.usage import kept_counts
+from msmoe.analysis.report.terminal import characters, to_text
 from rich.console import Console
 from tiny import compress, profile_small, random_records, save_switch, write_records
 
 import msmoe
-from analysis.report import report
-from analysis.report.artefacts import gather
-from analysis.report.charts import short_names, to_spec
-from analysis.report.document import Column, distinct, shorten
-from analysis.report.page import pack, script_json, words
-from analysis.report.sections.usage import kept_counts
-from analysis.report.terminal import characters, to_text
 from msmoe.calibration.stats import Stats
 from msmoe.errors import UserError
 from msmoe.plan import Plan
@@ -343,7 +343,7 @@ def test_a_checkpoint_alone_shows_its_sizes_and_says_what_is_missing(switch):
 
 
 def test_sizes_predicted_at_a_glance_are_those_that_merging_writes(switch, stats, tmp_path):
-    from analysis.report.sections.glance import size_frame
+    from msmoe.analysis.report.sections.glance import size_frame
 
     frame = size_frame(gather([switch])).set_index("what")
     compress(switch, stats, tmp_path / "half", experts=3, method="m-smoe")

@@ -5,10 +5,10 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from msmoe.analysis.report import report
 from test_report import HOSTILE
 from tiny import profile_small, save_switch, write_records
 
-from analysis.report import report
 from msmoe.calibration.profile import profile
 from msmoe.calibration.stats import Stats
 from msmoe.compare.run import FORMAT

@@ -7,18 +7,18 @@ import pandas as pd
 import pytest
 import vl_convert
 from compare.synthetic import comparison
+from msmoe.analysis.report.artefacts import Artefacts, Comparison, Evaluation, gather
+from msmoe.analysis.report.charts import to_spec
+from msmoe.analysis.report.document import Column, Document, Figure, Note, Section, Table
+from msmoe.analysis.report.page import table_rows, to_html
+from msmoe.analysis.report.sections.comparison.chapter import lead, score_table, section
+from msmoe.analysis.report.sections.comparison.evaluations import evaluation_frame, evaluation_lead
+from msmoe.analysis.report.sections.comparison.looks import short_texts
+from msmoe.analysis.report.sections.comparison.pareto import method_frame, pareto_figure
+from msmoe.analysis.report.sections.comparison.runs import Mean, run_frame
+from msmoe.analysis.report.sections.comparison.settings import setting_frame
+from msmoe.analysis.report.sections.comparison.tasks import colour_limit, layer_figure, layer_frame, task_frame
 
-from analysis.report.artefacts import Artefacts, Comparison, Evaluation, gather
-from analysis.report.charts import to_spec
-from analysis.report.document import Column, Document, Figure, Note, Section, Table
-from analysis.report.page import table_rows, to_html
-from analysis.report.sections.comparison.chapter import lead, score_table, section
-from analysis.report.sections.comparison.evaluations import evaluation_frame, evaluation_lead
-from analysis.report.sections.comparison.looks import short_texts
-from analysis.report.sections.comparison.pareto import method_frame, pareto_figure
-from analysis.report.sections.comparison.runs import Mean, run_frame
-from analysis.report.sections.comparison.settings import setting_frame
-from analysis.report.sections.comparison.tasks import colour_limit, layer_figure, layer_frame, task_frame
 from msmoe.compare.scoring import summarise
 from msmoe.compare.summary import Summary, Task
 from msmoe.errors import UserError

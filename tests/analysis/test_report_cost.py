@@ -7,14 +7,11 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import vl_convert
-from safetensors.torch import save_file
-from tiny import LAYERS, compress, load_tensors, profile_small, random_records, size_of, write_records
-
-from analysis.report.artefacts import gather
-from analysis.report.charts import to_spec
-from analysis.report.document import Figure, Note, Table
-from analysis.report.sections.cost import chapter as cost
-from analysis.report.sections.cost.data import (
+from msmoe.analysis.report.artefacts import gather
+from msmoe.analysis.report.charts import to_spec
+from msmoe.analysis.report.document import Figure, Note, Table
+from msmoe.analysis.report.sections.cost import chapter as cost
+from msmoe.analysis.report.sections.cost.data import (
     Cost,
     experts_before,
     gather_costs,
@@ -25,6 +22,9 @@ from analysis.report.sections.cost.data import (
     rank_seconds,
     step_frame,
 )
+from safetensors.torch import save_file
+from tiny import LAYERS, compress, load_tensors, profile_small, random_records, size_of, write_records
+
 from msmoe.inspect import LayerSummary
 from msmoe.layer_errors import layer_errors
 from msmoe.provenance import read_provenance

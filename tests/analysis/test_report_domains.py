@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 import vl_convert
+from msmoe.analysis.report.artefacts import Artefacts, LabelledPlan, LabelledStats
+from msmoe.analysis.report.charts import to_spec
+from msmoe.analysis.report.document import Document, Figure, Note, Section, Table
+from msmoe.analysis.report.page import to_html
+from msmoe.analysis.report.sections.domains.chapter import section
+from msmoe.analysis.report.sections.domains.charts import distance_frame, map_frame, similar_beside
+from msmoe.analysis.report.sections.domains.usage import by_chance, find_domains, measure, shared_out
 from scipy.spatial.distance import jensenshannon
 from tiny import LAYERS, layer_plan
 
-from analysis.report.artefacts import Artefacts, LabelledPlan, LabelledStats
-from analysis.report.charts import to_spec
-from analysis.report.document import Document, Figure, Note, Section, Table
-from analysis.report.page import to_html
-from analysis.report.sections.domains.chapter import section
-from analysis.report.sections.domains.charts import distance_frame, map_frame, similar_beside
-from analysis.report.sections.domains.usage import by_chance, find_domains, measure, shared_out
 from msmoe.calibration.stats import Stats
 from msmoe.plan import Group, LayerPlan, Plan
 

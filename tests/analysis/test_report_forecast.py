@@ -7,15 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import vl_convert
-from tiny import LAYERS, compress
-
-from analysis.report.artefacts import Comparison, LabelledPlan, gather
-from analysis.report.charts import short_names, to_spec
-from analysis.report.document import Figure, Note, Table
-from analysis.report.sections.forecast import chapter
-from analysis.report.sections.forecast import data as forecast_data
-from analysis.report.sections.forecast.charts import layer_figure, measured_figure
-from analysis.report.sections.forecast.data import (
+from msmoe.analysis.report.artefacts import Comparison, LabelledPlan, gather
+from msmoe.analysis.report.charts import short_names, to_spec
+from msmoe.analysis.report.document import Figure, Note, Table
+from msmoe.analysis.report.sections.forecast import chapter
+from msmoe.analysis.report.sections.forecast import data as forecast_data
+from msmoe.analysis.report.sections.forecast.charts import layer_figure, measured_figure
+from msmoe.analysis.report.sections.forecast.data import (
     WHOLE,
     choose_scope,
     correlations,
@@ -27,6 +25,8 @@ from analysis.report.sections.forecast.data import (
     suggested_bytes,
     thinned,
 )
+from tiny import LAYERS, compress
+
 from msmoe.apply import apply
 from msmoe.families import MoELayer
 from msmoe.forecast import Forecast, LayerForecast, forecast

@@ -4,14 +4,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import vl_convert
+from msmoe.analysis.report.artefacts import LabelledPlan, gather
+from msmoe.analysis.report.charts import to_spec
+from msmoe.analysis.report.document import Facts, Figure, Note, Table
+from msmoe.analysis.report.sections.plan import chapter
+from msmoe.analysis.report.sections.plan.charts import with_labels
+from msmoe.analysis.report.sections.plan.frames import (
+    agreement,
+    budget_frame,
+    comparison_frame,
+    layer_flow,
+    weights_text,
+)
 from tiny import LAYERS, layer_plan, plan_for
 
-from analysis.report.artefacts import LabelledPlan, gather
-from analysis.report.charts import to_spec
-from analysis.report.document import Facts, Figure, Note, Table
-from analysis.report.sections.plan import chapter
-from analysis.report.sections.plan.charts import with_labels
-from analysis.report.sections.plan.frames import agreement, budget_frame, comparison_frame, layer_flow, weights_text
 from msmoe.checkpoint import Checkpoint
 from msmoe.plan import Group, LayerPlan, Plan
 

@@ -5,19 +5,19 @@ import numpy as np
 import pytest
 import torch
 import vl_convert
+from msmoe.analysis.report.artefacts import CheckpointFolder, gather
+from msmoe.analysis.report.charts import to_spec
+from msmoe.analysis.report.document import Figure, Note, Table
+from msmoe.analysis.report.sections.similarity import chapter
+from msmoe.analysis.report.sections.similarity import images as similarity_images
+from msmoe.analysis.report.sections.similarity import matrices as similarity_matrices
+from msmoe.analysis.report.sections.similarity.alignment import layer_frame as alignment_layers
+from msmoe.analysis.report.sections.similarity.alignment import member_frame
+from msmoe.analysis.report.sections.similarity.matrices import cluster, find_similarities
 from scipy.cluster.hierarchy import dendrogram, linkage
 from scipy.spatial.distance import squareform
 from tiny import LAYERS, layer_plan, plan_for
 
-from analysis.report.artefacts import CheckpointFolder, gather
-from analysis.report.charts import to_spec
-from analysis.report.document import Figure, Note, Table
-from analysis.report.sections.similarity import chapter
-from analysis.report.sections.similarity import images as similarity_images
-from analysis.report.sections.similarity import matrices as similarity_matrices
-from analysis.report.sections.similarity.alignment import layer_frame as alignment_layers
-from analysis.report.sections.similarity.alignment import member_frame
-from analysis.report.sections.similarity.matrices import cluster, find_similarities
 from msmoe.checkpoint import Checkpoint
 from msmoe.similarity import similarity
 

@@ -49,7 +49,7 @@ def test_tables_and_figures_lie_beside_the_results(demo_run):
 
 
 def test_everything_can_be_made_again_from_the_results_alone(demo_run, tmp_path):
-    from analysis.compare import write_all
+    from msmoe.analysis.compare import write_all
 
     results = json.loads((demo_run[1] / "results.json").read_text())
     for file in write_all(results, tmp_path / "again"):

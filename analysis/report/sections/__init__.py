@@ -5,9 +5,9 @@ A chapter is None where no artefact is about it. What a part of it lacks, and ho
 
 from collections.abc import Callable
 
-from analysis.report.artefacts import Artefacts
-from analysis.report.document import Section
-from analysis.report.sections import comparison, cost, domains, forecast, glance, plan, similarity, usage
+from msmoe.analysis.report.artefacts import Artefacts
+from msmoe.analysis.report.document import Section
+from msmoe.analysis.report.sections import comparison, cost, domains, forecast, glance, plan, similarity, usage
 
 Say = Callable[[str], None]  # what is being done
 SECTIONS: tuple[Callable[[Artefacts, Say], Section | None], ...] = (

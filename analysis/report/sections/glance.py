@@ -5,10 +5,10 @@ from fractions import Fraction
 
 import altair as alt
 import pandas as pd
+from msmoe.analysis.report.artefacts import Artefacts, CheckpointFolder
+from msmoe.analysis.report.charts import BLUE, GREEN, GREY
+from msmoe.analysis.report.document import Block, Fact, Facts, Figure, Note, Section
 
-from analysis.report.artefacts import Artefacts, CheckpointFolder
-from analysis.report.charts import BLUE, GREEN, GREY
-from analysis.report.document import Block, Fact, Facts, Figure, Note, Section
 from msmoe.planning import merged_size
 from msmoe.units import human_bytes
 from msmoe.usage import layer_frame

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import altair as alt
 import numpy as np
 import pandas as pd
+from msmoe.analysis.report.artefacts import Artefacts
+from msmoe.analysis.report.charts import BLUE, GREY, ORANGE, SEQUENTIAL, choice, short_names, stack_of
+from msmoe.analysis.report.document import Column, Figure, Note, Section, Table
 
-from analysis.report.artefacts import Artefacts
-from analysis.report.charts import BLUE, GREY, ORANGE, SEQUENTIAL, choice, short_names, stack_of
-from analysis.report.document import Column, Figure, Note, Section, Table
 from msmoe.calibration.stats import Stats
 from msmoe.families import FAMILIES, MoELayer
 from msmoe.grouping import group_counts

@@ -1,5 +1,5 @@
 """Comparison: results of `msmoe compare` and `msmoe evaluate`."""
 
-from analysis.report.sections.comparison.chapter import section
+from msmoe.analysis.report.sections.comparison.chapter import section
 
 __all__ = ["section"]

@@ -4,14 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import pandas as pd
+from msmoe.analysis.cost_tables import MEASURES, value
+from msmoe.analysis.report.artefacts import Artefacts, Comparison
+from msmoe.analysis.report.document import Block, Column, Facts, Note, Section, Table, distinct, shorten
+from msmoe.analysis.report.sections.comparison.evaluations import evaluation_blocks, evaluation_lead
+from msmoe.analysis.report.sections.comparison.pareto import pareto_figure
+from msmoe.analysis.report.sections.comparison.runs import run_blocks
+from msmoe.analysis.report.sections.comparison.tasks import layer_figure, task_figure
 
-from analysis.cost_tables import MEASURES, value
-from analysis.report.artefacts import Artefacts, Comparison
-from analysis.report.document import Block, Column, Facts, Note, Section, Table, distinct, shorten
-from analysis.report.sections.comparison.evaluations import evaluation_blocks, evaluation_lead
-from analysis.report.sections.comparison.pareto import pareto_figure
-from analysis.report.sections.comparison.runs import run_blocks
-from analysis.report.sections.comparison.tasks import layer_figure, task_figure
 from msmoe.compare.summary import FULL, MISSING, SAME_AS_BEST, SAME_AS_FULL, Row, Size, Summary
 from msmoe.compare.summary import Column as Measure
 

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import altair as alt
 import pandas as pd
+from msmoe.analysis.report.artefacts import Evaluation
+from msmoe.analysis.report.charts import COLOURS, GREY
+from msmoe.analysis.report.document import Block, Column, Figure, Note, Table, shorten
+from msmoe.analysis.report.sections.comparison.looks import MAX_NAME, controls, short_texts
 
-from analysis.report.artefacts import Evaluation
-from analysis.report.charts import COLOURS, GREY
-from analysis.report.document import Block, Column, Figure, Note, Table, shorten
-from analysis.report.sections.comparison.looks import MAX_NAME, controls, short_texts
 from msmoe.errors import UserError
 
 METRICS = {

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 
 import altair as alt
+from msmoe.analysis.report.charts import BLUE, GREEN, GREY, PINK, SKY, YELLOW, choice
+from msmoe.analysis.report.document import distinct, shorten
 
-from analysis.report.charts import BLUE, GREEN, GREY, PINK, SKY, YELLOW, choice
-from analysis.report.document import distinct, shorten
 from msmoe.compare.summary import Row, Summary
 
 MAX_METHODS = 40  # in a chart, the best ones

@@ -7,11 +7,11 @@ from typing import Any, Literal
 import altair as alt
 import numpy as np
 import pandas as pd
+from msmoe.analysis.comparison_points import SAME_BYTES, Point, pareto_front, points, references, spread, value_range
+from msmoe.analysis.report.charts import GREY, ORANGE
+from msmoe.analysis.report.document import Figure
+from msmoe.analysis.report.sections.comparison.looks import controls, kind_of, kind_scales, short_texts, steps_control
 
-from analysis.comparison_points import SAME_BYTES, Point, pareto_front, points, references, spread, value_range
-from analysis.report.charts import GREY, ORANGE
-from analysis.report.document import Figure
-from analysis.report.sections.comparison.looks import controls, kind_of, kind_scales, short_texts, steps_control
 from msmoe.compare.summary import Row, Summary, count
 from msmoe.units import human_bytes
 

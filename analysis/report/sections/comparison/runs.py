@@ -6,12 +6,12 @@ from typing import Any
 
 import altair as alt
 import pandas as pd
+from msmoe.analysis.report.artefacts import Comparison
+from msmoe.analysis.report.charts import BLUE, GREY, ORANGE
+from msmoe.analysis.report.document import Block, Column, Figure, Note, Table, shorten
+from msmoe.analysis.report.sections.comparison.looks import MAX_METHODS, controls, short_texts
+from msmoe.analysis.report.sections.comparison.settings import Labels, only_in_one, setting_frame, setting_table
 
-from analysis.report.artefacts import Comparison
-from analysis.report.charts import BLUE, GREY, ORANGE
-from analysis.report.document import Block, Column, Figure, Note, Table, shorten
-from analysis.report.sections.comparison.looks import MAX_METHODS, controls, short_texts
-from analysis.report.sections.comparison.settings import Labels, only_in_one, setting_frame, setting_table
 from msmoe.compare.reading import read
 from msmoe.compare.scoring import resample
 from msmoe.compare.summary import Summary, Task, count

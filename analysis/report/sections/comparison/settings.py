@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 
 import pandas as pd
-
-from analysis.report.document import Column, Table, shorten
+from msmoe.analysis.report.document import Column, Table, shorten
 
 NAME = 80  # characters of names and values
 MAX_LISTED = 12  # names in a sentence

@@ -3,11 +3,10 @@
 import altair as alt
 import numpy as np
 import pandas as pd
-
-from analysis.comparison_points import references, standing
-from analysis.report.charts import DIVERGING, GREY, INK, short_names
-from analysis.report.document import Figure, shorten
-from analysis.report.sections.comparison.looks import (
+from msmoe.analysis.comparison_points import references, standing
+from msmoe.analysis.report.charts import DIVERGING, GREY, INK, short_names
+from msmoe.analysis.report.document import Figure, shorten
+from msmoe.analysis.report.sections.comparison.looks import (
     MAX_METHODS,
     bounded,
     controls,
@@ -17,6 +16,7 @@ from analysis.report.sections.comparison.looks import (
     size_control,
     steps_control,
 )
+
 from msmoe.compare.significance import ALPHA
 from msmoe.compare.summary import FULL, SAME_AS_FULL, Column, Score, Summary
 

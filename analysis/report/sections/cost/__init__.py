@@ -1,5 +1,5 @@
 """What it cost: bytes, output errors, stable ranks and dropped tokens of compressed checkpoints."""
 
-from analysis.report.sections.cost.chapter import section
+from msmoe.analysis.report.sections.cost.chapter import section
 
 __all__ = ["section"]

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Sequence
 
 import pandas as pd
-
-from analysis.report.artefacts import Artefacts
-from analysis.report.document import Block, Fact, Facts, Note, Section
-from analysis.report.sections.cost.data import (
+from msmoe.analysis.report.artefacts import Artefacts
+from msmoe.analysis.report.document import Block, Fact, Facts, Note, Section
+from msmoe.analysis.report.sections.cost.data import (
     MAX_CHECKPOINTS,
     Cost,
     gather_costs,
@@ -15,7 +14,7 @@ from analysis.report.sections.cost.data import (
     part_frame,
     step_frame,
 )
-from analysis.report.sections.cost.layers import (
+from msmoe.analysis.report.sections.cost.layers import (
     drop_figure,
     error_figure,
     expert_table,
@@ -23,7 +22,8 @@ from analysis.report.sections.cost.layers import (
     rank_figure,
     refit_figure,
 )
-from analysis.report.sections.cost.size import recovery_table, size_blocks
+from msmoe.analysis.report.sections.cost.size import recovery_table, size_blocks
+
 from msmoe.units import human_bytes
 
 LEAST_ERROR = 5e-4  # of a layer that the lead names

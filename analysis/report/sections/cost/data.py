@@ -6,10 +6,10 @@ from functools import cached_property
 
 import numpy as np
 import pandas as pd
+from msmoe.analysis.report.artefacts import Artefacts, CheckpointFolder
+from msmoe.analysis.report.charts import short_names
+from msmoe.analysis.report.document import distinct
 
-from analysis.report.artefacts import Artefacts, CheckpointFolder
-from analysis.report.charts import short_names
-from analysis.report.document import distinct
 from msmoe.calibration.stats import Stats
 from msmoe.errors import UserError
 from msmoe.inspect import INDICES, LayerSummary

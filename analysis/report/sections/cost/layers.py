@@ -5,10 +5,9 @@ from typing import Any
 
 import altair as alt
 import pandas as pd
-
-from analysis.report.charts import BLUE, COLOURS, GREY, choice
-from analysis.report.document import Column, Figure, Table
-from analysis.report.sections.cost.data import Cost
+from msmoe.analysis.report.charts import BLUE, COLOURS, GREY, choice
+from msmoe.analysis.report.document import Column, Figure, Table
+from msmoe.analysis.report.sections.cost.data import Cost
 
 ROW = 18  # pixels
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")

@@ -5,10 +5,10 @@ from typing import Any
 
 import altair as alt
 import pandas as pd
+from msmoe.analysis.report.charts import BLUE, COLOURS, GREY, ORANGE, choice
+from msmoe.analysis.report.document import Column, Figure, Table
+from msmoe.analysis.report.sections.cost.data import Cost
 
-from analysis.report.charts import BLUE, COLOURS, GREY, ORANGE, choice
-from analysis.report.document import Column, Figure, Table
-from analysis.report.sections.cost.data import Cost
 from msmoe.units import human_bytes
 
 BAR, PANEL = 26, 300  # pixels

@@ -1,5 +1,5 @@
 """Domains: how texts of different kinds use the experts."""
 
-from analysis.report.sections.domains.chapter import section
+from msmoe.analysis.report.sections.domains.chapter import section
 
 __all__ = ["section"]

@@ -7,12 +7,17 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-
-from analysis.report.artefacts import Artefacts
-from analysis.report.charts import short_names
-from analysis.report.document import Block, Column, Note, Section, Table
-from analysis.report.sections.domains.charts import distance_frame, distance_map, layer_bars, layer_frame, usage_map
-from analysis.report.sections.domains.usage import (
+from msmoe.analysis.report.artefacts import Artefacts
+from msmoe.analysis.report.charts import short_names
+from msmoe.analysis.report.document import Block, Column, Note, Section, Table
+from msmoe.analysis.report.sections.domains.charts import (
+    distance_frame,
+    distance_map,
+    layer_bars,
+    layer_frame,
+    usage_map,
+)
+from msmoe.analysis.report.sections.domains.usage import (
     HANDFUL,
     OWN_SHARE,
     Distances,
@@ -26,7 +31,8 @@ from analysis.report.sections.domains.usage import (
     own_experts,
     usage,
 )
-from analysis.report.sections.usage import expert_frame, kept_counts
+from msmoe.analysis.report.sections.usage import expert_frame, kept_counts
+
 from msmoe.calibration.stats import Stats
 from msmoe.usage import effective_experts
 

@@ -6,12 +6,11 @@ Shapes: K domains, E experts, P pairs of domains, L layers.
 import altair as alt
 import numpy as np
 import pandas as pd
+from msmoe.analysis.report.charts import INK, SEQUENTIAL, choice, short_names, stack_of
+from msmoe.analysis.report.document import Figure
+from msmoe.analysis.report.sections.domains.usage import MAX_PAIRED, Distances, Domains, bounded, mean_of_known, usage
 from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import squareform
-
-from analysis.report.charts import INK, SEQUENTIAL, choice, short_names, stack_of
-from analysis.report.document import Figure
-from analysis.report.sections.domains.usage import MAX_PAIRED, Distances, Domains, bounded, mean_of_known, usage
 
 MAX_CELLS, MAX_PANEL_CELLS = 60_000, 20_000  # of the map: on the page, in files
 MAX_SHOWN = 24  # domains there

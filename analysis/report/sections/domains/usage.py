@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from msmoe.analysis.report.artefacts import LabelledStats
+from msmoe.analysis.report.document import distinct
 from scipy.sparse import csr_array
 from scipy.special import entr
 
-from analysis.report.artefacts import LabelledStats
-from analysis.report.document import distinct
 from msmoe.calibration.stats import Stats
 from msmoe.plan import Plan
 

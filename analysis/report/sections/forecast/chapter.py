@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from analysis.report.artefacts import Artefacts
-from analysis.report.charts import short_names
-from analysis.report.document import Block, Note, Section
-from analysis.report.sections.forecast.charts import (
+from msmoe.analysis.report.artefacts import Artefacts
+from msmoe.analysis.report.charts import short_names
+from msmoe.analysis.report.document import Block, Note, Section
+from msmoe.analysis.report.sections.forecast.charts import (
     TOLERANCES,
     bytes_table,
     layer_figure,
@@ -14,7 +14,7 @@ from analysis.report.sections.forecast.charts import (
     suggestion_table,
     whole_figure,
 )
-from analysis.report.sections.forecast.data import (
+from msmoe.analysis.report.sections.forecast.data import (
     WHOLE,
     Scope,
     choose_scope,
@@ -25,6 +25,7 @@ from analysis.report.sections.forecast.data import (
     read_check,
     suggested_bytes,
 )
+
 from msmoe.errors import UserError
 from msmoe.forecast import Forecast
 from msmoe.planning import Planner

@@ -3,10 +3,10 @@
 import altair as alt
 import numpy as np
 import pandas as pd
+from msmoe.analysis.report.charts import BLUE, COLOURS, GREY, ORANGE, choice, slider
+from msmoe.analysis.report.document import Column, Figure, Table
+from msmoe.analysis.report.sections.forecast.data import WHOLE, has_divergence
 
-from analysis.report.charts import BLUE, COLOURS, GREY, ORANGE, choice, slider
-from analysis.report.document import Column, Figure, Table
-from analysis.report.sections.forecast.data import WHOLE, has_divergence
 from msmoe.forecast import Forecast
 
 HEIGHT = 320  # pixels

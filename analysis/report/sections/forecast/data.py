@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from msmoe.analysis.report.artefacts import Artefacts, Comparison
+from msmoe.analysis.report.charts import stack_of
+from msmoe.analysis.report.document import shorten
+from msmoe.analysis.report.sections.cost.data import MAX_NAME
 from scipy.stats import pearsonr, spearmanr
 
-from analysis.report.artefacts import Artefacts, Comparison
-from analysis.report.charts import stack_of
-from analysis.report.document import shorten
-from analysis.report.sections.cost.data import MAX_NAME
 from msmoe.calibration.stats import Stats
 from msmoe.compare.summary import FULL
 from msmoe.errors import UserError

@@ -1,5 +1,5 @@
 """The plan: who becomes part of whom."""
 
-from analysis.report.sections.plan.chapter import section
+from msmoe.analysis.report.sections.plan.chapter import section
 
 __all__ = ["section"]

@@ -4,12 +4,11 @@ from collections.abc import Callable
 
 import altair as alt
 import pandas as pd
-
-from analysis.report.artefacts import Artefacts
-from analysis.report.charts import BLUE, GREEN, GREY
-from analysis.report.document import Block, Column, Fact, Facts, Figure, Note, Section, Table, shorten
-from analysis.report.sections.plan.charts import flow, flow_multiples
-from analysis.report.sections.plan.frames import (
+from msmoe.analysis.report.artefacts import Artefacts
+from msmoe.analysis.report.charts import BLUE, GREEN, GREY
+from msmoe.analysis.report.document import Block, Column, Fact, Facts, Figure, Note, Section, Table, shorten
+from msmoe.analysis.report.sections.plan.charts import flow, flow_multiples
+from msmoe.analysis.report.sections.plan.frames import (
     all_plans,
     as_number,
     budget_frame,
@@ -18,6 +17,7 @@ from analysis.report.sections.plan.frames import (
     group_frame,
     usage_of,
 )
+
 from msmoe.layer_errors import covered
 from msmoe.methods import METHODS, factor_options
 from msmoe.plan import Plan

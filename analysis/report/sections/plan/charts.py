@@ -2,9 +2,8 @@
 
 import altair as alt
 import pandas as pd
-
-from analysis.report.charts import COLOURS, GREY, choice
-from analysis.report.sections.plan.frames import CLASS
+from msmoe.analysis.report.charts import COLOURS, GREY, choice
+from msmoe.analysis.report.sections.plan.frames import CLASS
 
 CONTROL = "plan_layer"
 HUES = len(COLOURS) - 1  # the last colour is of what is removed

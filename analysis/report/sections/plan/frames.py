@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from msmoe.analysis.report.artefacts import Artefacts, LabelledPlan
+from msmoe.analysis.report.charts import short_names
+from msmoe.analysis.report.document import shorten
 from sklearn.metrics import adjusted_rand_score
 
-from analysis.report.artefacts import Artefacts, LabelledPlan
-from analysis.report.charts import short_names
-from analysis.report.document import shorten
 from msmoe.plan import Group, LayerPlan, Plan
 
 MEMBERS = 8  # of a group that are named in the table

@@ -6,10 +6,9 @@ from typing import Any
 import altair as alt
 import numpy as np
 import pandas as pd
-
-from analysis.report.artefacts import Artefacts, CheckpointFolder
-from analysis.report.charts import BLUE, GREY, ORANGE, choice, short_names
-from analysis.report.document import Block, Column, Figure, Table, distinct
+from msmoe.analysis.report.artefacts import Artefacts, CheckpointFolder
+from msmoe.analysis.report.charts import BLUE, GREY, ORANGE, choice, short_names
+from msmoe.analysis.report.document import Block, Column, Figure, Table, distinct
 
 CONTROL = "alignment_checkpoint"
 MAX_POINTS = 4000  # members drawn, of all checkpoints together

@@ -4,14 +4,13 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
-
-from analysis.report.artefacts import Artefacts
-from analysis.report.charts import short_names
-from analysis.report.document import Block, Column, Figure, Note, Section, Table
-from analysis.report.sections.similarity.alignment import alignment_blocks
-from analysis.report.sections.similarity.charts import Drawing, interactive, small_multiples
-from analysis.report.sections.similarity.images import draw
-from analysis.report.sections.similarity.matrices import (
+from msmoe.analysis.report.artefacts import Artefacts
+from msmoe.analysis.report.charts import short_names
+from msmoe.analysis.report.document import Block, Column, Figure, Note, Section, Table
+from msmoe.analysis.report.sections.similarity.alignment import alignment_blocks
+from msmoe.analysis.report.sections.similarity.charts import Drawing, interactive, small_multiples
+from msmoe.analysis.report.sections.similarity.images import draw
+from msmoe.analysis.report.sections.similarity.matrices import (
     Clustering,
     Similarities,
     cluster,

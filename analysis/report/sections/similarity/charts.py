@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import altair as alt
 import pandas as pd
-
-from analysis.report.charts import BLUE, GREY, ORANGE, SEQUENTIAL, SKY, choice
+from msmoe.analysis.report.charts import BLUE, GREY, ORANGE, SEQUENTIAL, SKY, choice
 
 CONTROL = "similarity_layer"
 STEP, SMALLEST, LARGEST = 20, 320, 520  # pixels: an expert, the side of a matrix

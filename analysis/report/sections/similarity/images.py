@@ -6,9 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 from matplotlib import colormaps
+from msmoe.analysis.report.charts import SEQUENTIAL
 from PIL import Image
-
-from analysis.report.charts import SEQUENTIAL
 
 SHADES = 32  # colours of an image
 MAX_SIDE = 192  # pixels

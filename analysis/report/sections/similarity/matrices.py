@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from msmoe.analysis.report.artefacts import Artefacts, CheckpointFolder, LabelledPlan
+from msmoe.analysis.report.document import shorten
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from analysis.report.artefacts import Artefacts, CheckpointFolder, LabelledPlan
-from analysis.report.document import shorten
 from msmoe.calibration.stats import LayerStats
 from msmoe.errors import UserError
 from msmoe.methods import CHOICES
