@@ -67,9 +67,8 @@ def serve(repositories: dict[str, Path]) -> Iterator[Hub]:
                 return self.missing("RevisionNotFound")
             files = sorted(p for p in folder.iterdir() if p.is_file())
             if kind == "tree":
-                entry = lambda p: {
-                    "type": "file", "path": p.name, "size": p.stat().st_size, "oid": hashlib.sha1(p.name.encode()).hexdigest()
-                }  # fmt: skip
+                oid = lambda p: hashlib.sha1(p.name.encode()).hexdigest()
+                entry = lambda p: {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": oid(p)}
                 return self.reply_json([entry(p) for p in files])
             return self.reply_json(
                 {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": p.name} for p in files]}
