@@ -20,8 +20,8 @@ TOLERANCE = 1e-3  # of logits, relative to their largest
 def check_written(folder: Path, *, original: Path | None = None) -> None:
     """Check that a written checkpoint is whole: configuration, names and shapes; small models are run as well.
 
-    A model of up to 256 MB in float32 is loaded and run on a few tokens. Where it is an `exact` export and `original` is
-    given, its logits must be those of the stock model with the stored experts in every member's place.
+    A model of up to 256 MB in float32 is loaded and run on a few tokens. Where it is an `exact` export and `original`
+    is given, its logits must be those of the stock model with the stored experts in every member's place.
 
     Raises:
         UserError: if it cannot be loaded, or computes something else.
