@@ -36,7 +36,7 @@ def edit_config(folder, **values):
     ],
 )
 def test_a_tensor_that_the_file_lacks_is_named(name, copied):
-    edit(copied, lambda tensors: tensors.pop(name) and None)
+    edit(copied, lambda tensors: {n: t for n, t in tensors.items() if n != name})
     with pytest.raises(UserError, match=f"lacks tensor {name}"):
         load(copied)
 
@@ -59,7 +59,7 @@ def test_a_configuration_with_another_number_of_blocks_is_refused(values, copied
 def test_any_name_of_the_tied_embeddings_will_do(kept, switch, copied):
     edit(copied, lambda tensors: tensors.update({kept: tensors.pop("shared.weight")}))
     records = random_records(3)
-    assert torch.equal(logits_of(load(copied), records), logits_of(load(switch), records))
+    assert torch.allclose(logits_of(load(copied), records), logits_of(load(switch), records), atol=1e-5)
 
 
 def test_tied_embeddings_with_different_values_are_refused(copied):
@@ -71,7 +71,7 @@ def test_tied_embeddings_with_different_values_are_refused(copied):
 def test_what_the_model_does_not_use_is_named(copied, switch, capsys):
     edit(copied, lambda tensors: tensors.update({"adapter.weight": torch.ones(2)}))
     records = random_records(3)
-    assert torch.equal(logits_of(load(copied), records), logits_of(load(switch), records))
+    assert torch.allclose(logits_of(load(copied), records), logits_of(load(switch), records), atol=1e-5)
     assert "the model does not use tensor adapter.weight" in capsys.readouterr().err
 
 
@@ -131,10 +131,8 @@ def test_two_dtypes_in_a_layer_keep_their_values(export, wi, wo, copied, data, t
         for e in range(6):
             for matrix in ("wi", "wo"):
                 original = before[f"{layer}.experts.expert_{e}.{matrix}.weight"]
-                name = (
-                    f"{layer}.experts.{matrix}" if export == "exact" else f"{layer}.experts.expert_{e}.{matrix}.weight"
-                )
-                stored = after[name][e] if export == "exact" else after[name]
+                key = f"{layer}.experts.expert_{e}.{matrix}.weight"
+                stored = after[f"{layer}.experts.{matrix}"][e] if export == "exact" else after[key]
                 assert torch.equal(stored.float(), original.float())
     records = random_records(3)
     assert torch.allclose(logits_of(load(tmp_path / "out"), records), logits_of(load(copied), records), atol=1e-5)
