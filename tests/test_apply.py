@@ -348,7 +348,7 @@ def killed(request, killed_runs):
 
 
 def copy_partial(folder: Path, to: Path) -> Path:
-    shutil.copytree(folder / "out.partial", to / "out.partial")
+    shutil.copytree(folder / ".out.msmoe-partial", to / ".out.msmoe-partial")
     return to / "out"
 
 
@@ -389,7 +389,7 @@ def test_a_partial_folder_of_another_plan_is_not_resumed(killed, switch, stats, 
     other = make_plan(switch, stats, experts=2, export=export, **choices)
     with pytest.raises(UserError, match="left by a run with other inputs"):
         apply(switch, other, out, stats=stats, export=export, router="dominant", resume=True)
-    assert (tmp_path / "out.partial").exists()
+    assert (tmp_path / ".out.msmoe-partial").exists()
 
 
 def test_an_interrupt_keeps_the_partial_folder_for_resume(switch, tmp_path):
@@ -399,7 +399,7 @@ def test_an_interrupt_keeps_the_partial_folder_for_resume(switch, tmp_path):
     plan = plan_for(Checkpoint(switch), PLANNED)
     with pytest.raises(KeyboardInterrupt):
         apply(switch, plan, tmp_path / "out", progress=interrupt, workers=1)
-    assert (tmp_path / "out.partial").exists()
+    assert (tmp_path / ".out.msmoe-partial").exists()
     apply(switch, plan, tmp_path / "out", resume=True)
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 

@@ -1,6 +1,7 @@
 """Checkpoints on disk: a lazy safetensors reader and a sharded, atomic, resumable writer."""
 
 from msmoe.checkpoint.reader import Checkpoint, TensorSpec, to_dtype
-from msmoe.checkpoint.writer import CheckpointWriter, write_whole
+from msmoe.checkpoint.writer import CheckpointWriter
+from msmoe.files import write_whole
 
 __all__ = ["Checkpoint", "CheckpointWriter", "TensorSpec", "to_dtype", "write_whole"]

@@ -61,7 +61,7 @@ def write_recovered(
         layout.indices |= {name} if is_index else set()
     update_factors(layout, family, factors)
     plan = Plan.load(source.path / "plan.json") if (source.path / "plan.json").exists() else None
-    with CheckpointWriter(out, layout.tensors, identity="recovered", force=force) as writer:
+    with CheckpointWriter(out, layout.tensors, identity="recovered", force=force, inputs=[source.path]) as writer:
         for slot, name in layout.copies:
             writer.copy(slot.tensor, source, name)
         for spec in layout.tensors:
