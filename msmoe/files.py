@@ -137,7 +137,7 @@ class Output:
                 if self.place.is_dir() and not self.place.is_symlink():
                     check_ours(self.path, self.place, self.kind)
                 swap(self.content, self.place, aside=self.partial / REPLACED)
-            sync_folder(self.place.parent)
+            sync_entry(self.place.parent)
         self._made = []
         self.abort()
 
@@ -194,13 +194,13 @@ def write_whole(path: str | Path, text: str) -> None:
 def write_into(out: Path, names: Sequence[str], *, force: bool = False) -> Iterator[Path]:
     """Write several files into a folder, all of them or none, beside what it holds; yields where to write them.
 
-    The folder is replaced as a whole, files of other names in it by themselves.
+    The folder is replaced as a whole by one that has everything else in it as well.
 
     Args:
         names: of all files that may be written; those in the folder are removed.
 
     Raises:
-        UserError: if a name is taken and `force` is not given, the folder holds folders, or cannot be written.
+        UserError: if a name is taken and `force` is not given, or the folder cannot be written or replaced.
     """
     check_figures(out, names, force=force)
     with Output(out, FIGURES, force=True) as output:
@@ -212,7 +212,13 @@ def write_into(out: Path, names: Sequence[str], *, force: bool = False) -> Itera
 
 
 def take_along(file: Path, to: Path) -> None:
-    """Give a file a second name, or copy it where the file system has no such thing."""
+    """Give a file, or all in a folder, a second name; or copy it where the file system has no such thing."""
+    if file.is_dir() and not file.is_symlink():
+        to.mkdir()
+        for entry in file.iterdir():
+            take_along(entry, to / entry.name)
+        shutil.copystat(file, to)
+        return
     try:
         os.link(file, to, follow_symlinks=False)
     except OSError as error:
@@ -385,10 +391,11 @@ def reserve(descriptor: int) -> None:
 def sync(content: Path) -> None:
     """Bring a file, or a folder and its files, to disk."""
     for path in [content, *(content.iterdir() if content.is_dir() else ())]:
-        sync_folder(path)
+        if stat.S_ISREG(path.lstat().st_mode) or path == content:
+            sync_entry(path)
 
 
-def sync_folder(path: Path) -> None:
+def sync_entry(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -26,7 +26,7 @@ class Kind(NamedTuple):
 FILE = Kind("file", ())
 CHECKPOINT = Kind("checkpoint", ("model.safetensors", "model.safetensors.index.json", "msmoe.json"))
 STATISTICS = Kind("statistics directory", ("stats.json",))
-FIGURES = Kind("folder of figures", ("*",))  # beside whatever else is there
+FIGURES = Kind("folder of figures", ("*",))  # whatever else is in it is taken along
 
 
 def place_of(path: Path) -> Path:
@@ -133,9 +133,11 @@ def check_in_use(path: Path, place: Path) -> None:
 def check_ours(path: Path, place: Path, kind: Kind) -> None:
     """Raise `UserError` for a folder that is not empty and no earlier output of the kind."""
     check_in_use(path, place)
+    if kind is FIGURES:
+        return
     with os.scandir(place) as entries:
         inside = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
-    if kind is not FIGURES and inside and not inside.keys() & set(kind.marks):
+    if inside and not inside.keys() & set(kind.marks):
         raise UserError(f"{path} is no {kind.name}, so --force does not replace it: choose another --out")
     folders = sorted(name for name, is_folder in inside.items() if is_folder)
     if folders:
@@ -146,7 +148,7 @@ def check_figures(out: Path, names: Iterable[str], *, force: bool) -> None:
     """Refuse, before any work, a folder that files cannot be written into beside what it holds.
 
     Raises:
-        UserError: if one of the names is taken and `force` is not given, or the folder holds folders.
+        UserError: if one of the names is taken and `force` is not given, or the folder cannot be replaced.
     """
     place = place_of(out)
     if not exists(place):
@@ -157,6 +159,3 @@ def check_figures(out: Path, names: Iterable[str], *, force: bool) -> None:
     if taken is not None and not force:
         raise UserError(f"{out / taken} exists; use --force to replace it")
     check_in_use(out, place)
-    folder = next((entry.name for entry in sorted(place.iterdir()) if entry.is_dir() and not entry.is_symlink()), None)
-    if folder is not None:
-        raise UserError(f"{out} holds the folder {folder}: choose a folder for the figures alone")

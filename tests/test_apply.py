@@ -279,6 +279,7 @@ def test_an_existing_folder_is_not_touched_without_force(switch, tmp_path):
 
 def test_force_replaces_an_existing_folder_completely(switch, tmp_path):
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "msmoe.json").touch()
     (tmp_path / "out" / "old").write_text("old")
     apply(switch, plan_for(Checkpoint(switch), PLANNED), tmp_path / "out", force=True)
     assert not (tmp_path / "out" / "old").exists()
@@ -288,14 +289,14 @@ def test_force_replaces_an_existing_folder_completely(switch, tmp_path):
 
 def test_force_keeps_the_old_folder_if_the_run_fails(switch, stats, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
+    (tmp_path / "out" / "msmoe.json").write_text("old")
 
     def fail(done, total):
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
         apply(switch, plan_for(Checkpoint(switch), PLANNED), tmp_path / "out", force=True, progress=fail)
-    assert [file.name for file in tmp_path.rglob("*")] == ["out", "old"]
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "msmoe.json"]
 
 
 def test_a_full_disk_is_reported_before_any_weight_is_written(switch, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from msmoe.errors import UserError
 from msmoe.families import family_of
 from msmoe.files import locked, write_whole
 from msmoe.methods import METHODS, variant
+from msmoe.places import check_apart
 from msmoe.planning import Planner, check_request
 from msmoe.provenance import versions
 
@@ -91,6 +92,8 @@ def compare(
     out = Path(out)
     if processes < 1:
         raise UserError(f"--processes must be at least 1, got {processes}")
+    for path in (checkpoint, data, *listed(tasks), *([recover_data] if recover_data else [])):
+        check_apart(out, Path(path))
     check_folder(out, resume=resume, force=force)
     measured = tuple(
         Task(f.resolve(), task_metric(f, settings.metric, explicit=explicit_metric), sha256(f.read_bytes()).hexdigest())

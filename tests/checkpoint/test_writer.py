@@ -236,10 +236,10 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path):
 
 def test_force_replaces_the_old_folder_at_the_very_end(tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
+    (tmp_path / "out" / "msmoe.json").touch()
     with CheckpointWriter(tmp_path / "out", SPECS, identity="x", force=True) as writer:
         write_all(writer)
-        assert (tmp_path / "out" / "old").exists()
+        assert (tmp_path / "out" / "msmoe.json").exists()
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.safetensors"]
 
@@ -297,5 +297,5 @@ def test_a_really_full_disk_leaves_nothing_behind(small_disk):
 
 def test_a_folder_that_cannot_be_made_is_reported_in_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write .*.out.msmoe-partial: Not a directory"):
+    with pytest.raises(UserError, match=r"cannot write .*out: Not a directory"):
         CheckpointWriter(tmp_path / "file" / "out", SPECS, identity="x")
