@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from msmoe.checkpoint import Checkpoint, CheckpointWriter
-from msmoe.checkpoint.writer import MAX_SHARD_BYTES
+from msmoe.checkpoint import Checkpoint
+from msmoe.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
 from msmoe.loading import check_complete
 
 LEFT_OUT = (".bin", ".safetensors", ".h5", ".msgpack", ".ckpt", ".pt", ".pth", ".gguf", ".onnx")

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from msmoe.calibration.stats import Stats
-from msmoe.checkpoint import Checkpoint, CheckpointWriter
+from msmoe.checkpoint import Checkpoint
+from msmoe.checkpoint.writer import CheckpointWriter
 from msmoe.export import Export
 from msmoe.families import Family
 from msmoe.merging import Sources

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from msmoe.checkpoint import Checkpoint
-from msmoe.checkpoint.writer import explain_os_errors
 from msmoe.errors import UserError
 from msmoe.factorize.allocate import Option, allocate, curve
 from msmoe.factorize.decompose import Decomposition
@@ -15,6 +14,7 @@ from msmoe.factorize.layout import factor_layout
 from msmoe.factorize.options import FactorOptions
 from msmoe.factorize.shapes import FactorShape, LayerFactors, largest_rank
 from msmoe.families.base import MATRICES, MoELayer
+from msmoe.files import explain_os_errors
 from msmoe.parallel import in_order
 
 
@@ -38,9 +38,12 @@ def choose_shapes(
     scratch: Path,
     *,
     workers: int,
-    resume: bool,
 ) -> tuple[dict[str, LayerFactors], float | None]:
-    """Shapes of every matrix, and the summed output error that a budget expects."""
+    """Shapes of every matrix, and the summed output error that a budget expects.
+
+    Args:
+        scratch: folder that keeps the decompositions; those of the same inputs are taken from there.
+    """
     options = sources.options
     if options.rank is not None:
         shutil.rmtree(scratch, ignore_errors=True)  # left by a killed run that had its ranks to choose
@@ -54,7 +57,7 @@ def choose_shapes(
     digest = sources.stats.digest if sources.stats else None
     identity = json.dumps([options.svd, sources.checkpoint.fingerprint, digest])
     marker = scratch / "identity.json"
-    if not resume or not marker.exists() or marker.read_text(encoding="utf-8") != identity:
+    if not marker.exists() or marker.read_text(encoding="utf-8") != identity:
         shutil.rmtree(scratch, ignore_errors=True)
     with explain_os_errors(scratch):
         scratch.mkdir(parents=True, exist_ok=True)

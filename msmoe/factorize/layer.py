@@ -13,20 +13,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from msmoe.calibration.sample import TokenSample
 from msmoe.calibration.stats import Stats
 from msmoe.checkpoint import Checkpoint, to_dtype
-from msmoe.errors import UserError
 from msmoe.factorize.decompose import Decomposition, decompose
 from msmoe.factorize.factors import Factors, truncate
 from msmoe.factorize.measures import MatrixReport, stable_rank
 from msmoe.factorize.options import FactorOptions
 from msmoe.factorize.shapes import LayerFactors, break_even_rank, largest_rank
 from msmoe.families.base import MATRICES, Expert, Family, MoELayer, load_stored_expert
+from msmoe.files import explain_os_errors, sync
 from msmoe.merge.refit import Refit, refit_output
 
 CHUNK_VALUES = 10**7  # weights of the experts that one worker decomposes at once
@@ -112,11 +111,10 @@ def decompose_layer(
     if file:
         tensors = {f"{m}/{n}": t.contiguous() for m, stack in stacks.items() for n, t in vars(stack).items()}
         partial = file.with_suffix(".partial")
-        try:
+        with explain_os_errors(file):
             save_file(tensors, partial)
+            sync(partial)
             os.replace(partial, file)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot write {file}: {error}") from error
     return stacks
 
 
