@@ -34,10 +34,11 @@ def merge_sequentially(sources: Sources, layout: Export, data: str | Path) -> It
     records, digest = load_records(
         sources.checkpoint,
         data,
-        samples=described["num_records"],
+        samples=described.get("samples", described["num_records"]),
         seed=described.get("seed", 0),
         max_source_length=described.get("max_source_length", 512),
         max_target_length=described.get("max_target_length", 128),
+        columns=described.get("columns"),
     )
     if digest != described["sha256"]:
         raise UserError(f"{data} is not the calibration data that the statistics were made from")

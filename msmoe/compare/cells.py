@@ -20,8 +20,9 @@ import torch
 
 from msmoe.apply import apply
 from msmoe.calibration.batches import IGNORE, batch_indices, collate
-from msmoe.calibration.profile import load_tokenizer
-from msmoe.calibration.records import TokenRecord, choose_records, read_records, tokenize
+from msmoe.calibration.records import TokenRecord, choose_records, read_records
+from msmoe.calibration.tokenization import tokenize_for
+from msmoe.calibration.tokenizer import load_tokenizer
 from msmoe.checkpoint import Checkpoint
 from msmoe.compare.settings import Settings
 from msmoe.evaluate.results import TaskResult
@@ -194,8 +195,7 @@ def layer_records(job: Job) -> list[TokenRecord]:
     """Records of all tasks, a few of each."""
     source = Checkpoint(job.checkpoint)
     raw = [r for task in job.tasks for r in choose_records(read_records(task.file), LAYER_RECORDS, seed=0)]
-    pad_id, vocabulary = source.config.get("pad_token_id") or 0, source.config.get("vocab_size")
-    return tokenize(raw, load_tokenizer(source.path), pad_id=pad_id, vocab_size=vocabulary)
+    return tokenize_for(source, raw, seed=0, max_source_length=512, max_target_length=128)
 
 
 @torch.inference_mode()

@@ -12,16 +12,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from msmoe.calibration.batches import record_key
-from msmoe.calibration.records import (
-    DataError,
-    TokenRecord,
-    choose_records,
-    corrupt_spans,
-    digest_records,
-    random_partition,
-    read_records,
-    tokenize,
-)
+from msmoe.calibration.records import DataError, TokenRecord, choose_records, digest_records, read_records
+from msmoe.calibration.spans import corrupt_spans, random_partition
+from msmoe.calibration.tokenization import tokenize
 
 SENTINELS = list(range(1000, 1100))
 
