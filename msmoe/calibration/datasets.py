@@ -3,9 +3,30 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from msmoe.calibration.files import DataError, Fits, Row, files_in, read_file
+from msmoe.calibration.files import FORMATS, DataError, Fits, Row, files_in, read_file
 
+KNOWN = ", ".join(f"*{suffix}" for suffix in FORMATS)
 SAVED = ("state.json", "dataset_dict.json")  # in a folder of `save_to_disk`
+
+
+def task_files_in(task: str | Path) -> list[Path]:
+    """The tasks that a name stands for: the data files of a folder of them, else itself.
+
+    Raises:
+        DataError: for a folder without data files.
+    """
+    folder = Path(task)
+    if not folder.is_dir() or is_saved(folder):
+        return [folder]
+    files = files_in(folder)
+    if not files:
+        raise DataError(f"{folder} is a folder without *.jsonl or other data files ({KNOWN})")
+    return files
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    return any((folder / name).exists() for name in SAVED)
 
 
 def read_folder(folder: Path, split: str, fits: Fits) -> Iterator[Row]:
@@ -16,7 +37,7 @@ def read_folder(folder: Path, split: str, fits: Fits) -> Iterator[Row]:
     Raises:
         DataError: if there are none, or the split is missing.
     """
-    if any((folder / name).exists() for name in SAVED):
+    if is_saved(folder):
         yield from saved_rows(folder, split)
         return
     files = files_in(folder)
@@ -24,7 +45,7 @@ def read_folder(folder: Path, split: str, fits: Fits) -> Iterator[Row]:
     if split and not chosen:
         raise DataError(f"{folder} has no data file that begins with {split!r}")
     if not files:
-        raise DataError(f"{folder} is a folder without data files (*.jsonl, *.json, *.csv, *.tsv, *.parquet, *.txt)")
+        raise DataError(f"{folder} is a folder without data files ({KNOWN})")
     for file in chosen or files:
         yield from read_file(file, fits)
 

@@ -33,13 +33,34 @@ def progress(label: str) -> Iterator[Callable[..., None]]:
         disable=not Console(stderr=True).is_terminal,
         transient=True,
     )
-    with bar:
+    with bar, data_warnings_shown():
         task = bar.add_task(label, total=None)
 
         def update(done: int, total: int, note: str = "") -> None:
             bar.update(task, completed=done, total=total, description=f"{label}  {note}" if note else label)
 
         yield update
+
+
+@contextlib.contextmanager
+def data_warnings_shown() -> Iterator[None]:
+    """Warnings about the data, each as one line on stderr."""
+    import warnings
+
+    from msmoe.calibration.records import DataWarning
+
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message, category, *rest, **more) -> None:
+            if issubclass(category, DataWarning):
+                click.echo(f"msmoe: warning: {message}", err=True)
+            else:
+                shown(message, category, *rest, **more)
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", DataWarning)
+        yield
 
 
 def silence_transformers() -> None:
@@ -51,7 +72,7 @@ def silence_transformers() -> None:
 
 
 def print_json(content: object) -> None:
-    click.echo(json.dumps(content, indent=1))
+    click.echo(json.dumps(content, indent=1, allow_nan=False))
 
 
 def table(*columns: str, title: str | None = None) -> Table:
