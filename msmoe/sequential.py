@@ -15,6 +15,7 @@ from msmoe.calibration.batches import batch_indices, collate, record_key
 from msmoe.calibration.profile import load_records
 from msmoe.calibration.records import TokenRecord
 from msmoe.calibration.sample import TokenSample
+from msmoe.calibration.tokenizer import special_tokens
 from msmoe.errors import UserError
 from msmoe.export import Export
 from msmoe.families import Expert, Routing
@@ -43,7 +44,7 @@ def merge_sequentially(sources: Sources, layout: Export, data: str | Path) -> It
     if digest != described["sha256"]:
         raise UserError(f"{data} is not the calibration data that the statistics were made from")
     model = sources.family.load_model(sources.checkpoint.path, dtype=torch.float32)
-    pad_id = sources.checkpoint.config.get("pad_token_id") or 0
+    pad_id = special_tokens(sources.checkpoint.config, sources.checkpoint.path / "config.json").pad_id
     for layer, keys in groupby(layout.merged, key=lambda key: key[0]):
         sample = sources.stats.layers[layer].tokens()
         moved = moved_inputs(sources, model, layer, sample, records, pad_id=pad_id)

@@ -54,7 +54,9 @@ def is_data_file(path: str | Path) -> bool:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The data files that stand directly in a folder, by name."""
+    """The data files that stand directly in a folder, by name; none in one of statistics or of a checkpoint."""
+    if any(folder.glob("*.safetensors")):
+        return []
     return sorted(p for p in folder.iterdir() if is_data_file(p) and not p.name.startswith("."))
 
 

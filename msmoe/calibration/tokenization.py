@@ -69,25 +69,26 @@ def tokenize(
     own_eos = getattr(tokenizer, "eos_token_id", None)
     ends, eos_id = (own_eos, eos_id), own_eos if eos_id is None else eos_id
     reader = Reader(tokenizer, pad_id, eos_id, max_source_length, seed)
-    result = TokenRecords()
+    result, reasons = TokenRecords(), ["there are none"]
     for i, record in enumerate(records):
         place = getattr(record, "place", f"record {i + 1}")
         read = reader.read(record, place)
         inputs, labels = read.input_ids, read.labels
         if not inputs or all(label == IGNORE for label in labels):
+            reasons.append(f"{place} is all padding: no {'target' if inputs else 'input'} token left")
             continue
         check_range(inputs, labels, vocab_size, place, from_text=kind_of(record) != "tokens")
         result.longest_target = max(result.longest_target, len(labels))
         cut = TokenRecord(cut_end(inputs, max_source_length, ends), cut_end(labels, max_target_length, ends))
         if all(label == IGNORE for label in cut.labels):
+            reasons.append(f"{place} is all padding: no target token left in the first {max_target_length}")
             continue
         result.num_cut["sources"] += reader.was_cut or len(cut.input_ids) < len(inputs)
         result.num_cut["targets"] += len(cut.labels) < len(labels)
         result.append(cut)
         result.kept.append(i)
     if not result:
-        where = getattr(records[0], "place", "record 1") if records else "none"
-        raise DataError(f"no record has tokens on both sides, all are blank or padding (the first: {where})")
+        raise DataError(f"no record can be used: {reasons[:2][-1]}")
     warn_about(result, len(records), max_source_length, max_target_length)
     return result
 

@@ -1,13 +1,13 @@
 """A checkpoint's tokenizer and special tokens: what comes from its files is checked where it is read."""
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msmoe.errors import UserError
+from msmoe.errors import UserError, explain_library_errors
+from msmoe.json_files import read_object
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
 LFS_POINTER = b"version https://git-lfs"
@@ -70,46 +70,35 @@ def load_tokenizer(path: str | Path) -> Any:
     from msmoe.registration import register
 
     register()  # a compressed checkpoint's configuration is then known without its own code
-    with tokenizer_errors(f"the tokenizer of {path} cannot be loaded; its files are damaged or incomplete"):
+    with tokenizer_errors(f"the tokenizer of {path} cannot be loaded"):
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def check_file(file: Path) -> None:
-    """Raise `UserError` for a tokenizer file that is a git-lfs pointer, or JSON that is not."""
+    """Raise `UserError` for a tokenizer file that is a git-lfs pointer, no regular file, or JSON that is not."""
+    if not file.is_file():
+        raise UserError(f"{file} is not a regular file, but should be of a tokenizer")
     try:
         with file.open("rb") as stream:
-            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise UserError(f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
-        if file.suffix == ".json" and not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
-            raise UserError(f"{file} must hold a JSON object")
+            start = stream.read(len(LFS_POINTER))
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{file} is not JSON that can be read: {str(error) or 'nested too deeply'}") from error
+    if start == LFS_POINTER:
+        raise UserError(f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
+    if file.suffix == ".json":
+        read_object(file, what="a tokenizer")
 
 
 @contextlib.contextmanager
 def tokenizer_errors(what: str) -> Iterator[None]:
     """Turn what a tokenizer library raises about files or texts into one `UserError`.
 
-    The libraries raise plain `Exception`, and Rust's panics are no `Exception` at all (tokenizers 0.23).
+    Panics of Rust code are no `Exception` (tokenizers 0.23).
     """
     try:
-        yield
-    except UserError:
-        raise
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise UserError(f"{what} ({type(error).__name__}: {first_line(error)})") from error
+        with explain_library_errors(what):
+            yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"{what} ({first_line(error)})") from error
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message"
+        raise UserError(f"{what}: {' '.join(str(error).split())}") from error

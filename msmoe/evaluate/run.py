@@ -81,17 +81,16 @@ def evaluate(
     if batch_size < 1 or (samples is not None and samples < 1):
         raise UserError(f"batch size and samples must be at least 1, got {batch_size} and {samples}")
     with memory_explained(ADVICE):
-        name, num_bytes, source = "model", None, None
-        path = model if isinstance(model, str | Path) else getattr(getattr(model, "config", None), "_name_or_path", "")
+        checkpoint = checkpoint_of(model)
         if isinstance(model, str | Path):
             model, device = load(model, dtype=choose_dtype(dtype)), device or AUTO
         if device is not None:
             model = model.to(choose_device(device))
-        if path and Path(path).is_dir():
-            checkpoint = Checkpoint(path)
-            name, num_bytes, source = Path(path).name, checkpoint.num_bytes, original_fingerprint(checkpoint)
-            tokenizer = tokenizer or load_tokenizer(Path(path))
-        special = special_tokens_of(model, path)
+        name, num_bytes, source = "model", None, None
+        if checkpoint is not None:
+            name, num_bytes = checkpoint.path.name, checkpoint.num_bytes
+            source, tokenizer = original_fingerprint(checkpoint), tokenizer or load_tokenizer(checkpoint.path)
+        special = special_tokens_of(model, checkpoint)
         every = data if isinstance(data, Records) else read_records(data, columns=columns)
         wanted = check_metrics(metrics, every, data) if metrics else allowed_metrics(every)
         raw = every if samples is None else choose_records(every, samples, seed=seed)
@@ -133,12 +132,20 @@ def evaluate(
     )
 
 
-def special_tokens_of(model: Any, path: str | Path) -> SpecialTokens:
+def checkpoint_of(model: Any) -> Checkpoint | None:
+    """The checkpoint of a folder's or hub repository's name, or that a model in memory was loaded from."""
+    if isinstance(model, str | Path):
+        return Checkpoint(model)
+    path = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return Checkpoint(path) if path and Path(path).is_dir() else None
+
+
+def special_tokens_of(model: Any, checkpoint: Checkpoint | None) -> SpecialTokens:
     """The special tokens of a model's configuration, within its embeddings."""
     config = model.config.to_dict()
     rows = model.get_input_embeddings().num_embeddings
     config["vocab_size"] = min(config.get("vocab_size", rows), rows)
-    return special_tokens(config, Path(path) / "config.json" if path else "the model's configuration")
+    return special_tokens(config, checkpoint.path / "config.json" if checkpoint else "the model's configuration")
 
 
 def name_of(data: Source) -> str:
