@@ -23,6 +23,7 @@ FORMATS = {
     ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
     ".txt": "text", ".text": "text",
 }  # fmt: skip
+LINES = (".jsonl", ".ndjson")  # JSON that is never read as a whole unless it is a list
 GZIP_MAGIC, PARQUET_MAGIC = b"\x1f\x8b", b"PAR1"
 KINDS_OF_FILE = (
     (stat.S_ISFIFO, "a pipe"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"), (stat.S_ISSOCK, "a socket"),
@@ -138,7 +139,7 @@ def read_stream(stream: BinaryIO, name: str, suffix: str, fits: Fits) -> Iterato
     kind = format_of(start, suffix, fits)
     if kind == "parquet":
         yield from parquet_rows(stream if limit is None else io.BytesIO(read_all(stream, name)), name)
-    elif kind == "json" and (suffix == ".json" or first_character(start) == "["):
+    elif kind == "json" and (suffix not in LINES or first_character(start) == "["):
         yield from json_rows(read_all(stream, name), name, fits)
     else:
         lines = lines_of(stream, name, limit=limit)
