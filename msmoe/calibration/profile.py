@@ -18,9 +18,7 @@ from msmoe.calibration.records import (
     Record,
     TokenRecord,
     choose_records,
-    data_sources,
     digest_records,
-    join_sources,
     read_calibration,
 )
 from msmoe.calibration.stats import LayerStats, Stats, with_gradients, with_output_gradient
@@ -40,11 +38,13 @@ class Calibration:
     """The records that a checkpoint is profiled on.
 
     Attributes:
+        source: where they are from.
         raw: the records chosen; tokens: the same as token ids.
         described: what statistics say of them beside their numbers; only what is out of the ordinary, but for the seed
             and the greatest lengths.
     """
 
+    source: str
     raw: list[Record]
     tokens: TokenRecords
     described: dict
@@ -113,9 +113,8 @@ def profile(
         source = subject.checkpoint
         if gradients and source.model_type == subject.family.compressed_model_type:
             raise UserError(f"--gradients needs an original checkpoint; {source.path} is compressed")
-        sources = data_sources(data)
         calibration = calibrate(
-            sources, subject.tokenizer, subject.special, samples=samples, seed=seed, columns=columns,
+            data, subject.tokenizer, subject.special, samples=samples, seed=seed, columns=columns,
             max_source_length=max_source_length, max_target_length=max_target_length,
         )  # fmt: skip
         with subject.running(place, precision) as model:
@@ -125,11 +124,8 @@ def profile(
                 layers = run.with_output_gradients(layers, fisher)
             if gradients:
                 layers = run.with_gradients(layers)
-    return Stats(
-        layers,
-        data={"source": join_sources(sources), **describe(calibration), **({"dtype": dtype} if dtype != AUTO else {})},
-        checkpoint={"model_type": source.model_type, "fingerprint": source.fingerprint},
-    )
+        data_described = describe(calibration) | ({"dtype": dtype} if dtype != AUTO else {})
+        return Stats(layers, data_described, {"model_type": source.model_type, "fingerprint": source.fingerprint})
 
 
 def check_counts(samples: int, batch_size: int, token_sample: int, fisher: int) -> None:
@@ -220,17 +216,17 @@ def calibrate(
         described["num_cut"] = tokens.num_cut
     if columns:
         described["columns"] = dict(columns)
-    return Calibration([chosen[i] for i in tokens.kept], tokens, described)
+    return Calibration(records.source, [chosen[i] for i in tokens.kept], tokens, described)
 
 
 def describe(calibration: Calibration) -> dict:
-    """What statistics say of the data, but for their source."""
+    """What statistics say of the data."""
     domains, described = calibration.domains, calibration.described
     parts = {
         name: count([t for t, row in zip(calibration.tokens, calibration.raw, strict=True) if row.domain == name])
         for name in domains
     }
-    counted = count(calibration.tokens) | {"sha256": calibration.sha256} | described
+    counted = {"source": calibration.source} | count(calibration.tokens) | {"sha256": calibration.sha256} | described
     return counted | ({"domains": parts} if domains else {})
 
 

@@ -54,9 +54,10 @@ class Record(dict):
 
 
 class Records(list[Record]):
-    """Records as read, without the blank ones: `num_skipped` of them."""
+    """Records as read, without the blank ones: `num_skipped` of them; `source` names where they are from."""
 
     num_skipped: int = 0
+    source: str = IN_MEMORY
 
 
 def kind_of(record: Mapping[str, Any]) -> str | None:
@@ -86,6 +87,7 @@ def read_records(data: Source, *, columns: Columns | None = None) -> Records:
     check_columns(columns)
     name = str(data) if isinstance(data, str | Path) else IN_MEMORY
     records, unused = Records(), dict[str, None]()
+    records.source = name
     for place, row in rows_of(data, columns):
         record = check_record(renamed(row, columns, place), place)
         if record is None:
@@ -245,6 +247,7 @@ def read_calibration(data: Data, *, columns: Columns | None = None) -> Records:
     """
     sources = data_sources(data)
     records = Records()
+    records.source = join_sources(sources)
     for source, name in zip(sources, file_domains(sources), strict=True):
         part = read_records(source, columns=columns)
         records.num_skipped += part.num_skipped
@@ -261,7 +264,7 @@ def read_calibration(data: Data, *, columns: Columns | None = None) -> Records:
     num_domains = len({record.domain for record in records})
     if num_domains > MAX_DOMAINS:
         raise DataError(
-            f"{join_sources(sources)}: {num_domains} different domains, at most {MAX_DOMAINS} are allowed; was "
+            f"{records.source}: {num_domains} different domains, at most {MAX_DOMAINS} are allowed; was "
             "something else, such as a URL, taken for a domain?"
         )
     return records
