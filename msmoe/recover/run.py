@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from msmoe.calibration.records import Source
 from msmoe.recover.options import RecoverOptions
 
 ADVICE = "lower --batch-size and raise --accumulate, lower --max-source-length, or give --cache-teacher"
@@ -37,9 +38,9 @@ def recover(
     student: str | Path,
     out: str | Path,
     *,
-    data: str | Path,
+    data: Source,
     teacher: str | Path | None,
-    validation: str | Path | None = None,
+    validation: Source | None = None,
     cache_teacher: bool = False,
     force: bool = False,
     resume: bool = False,

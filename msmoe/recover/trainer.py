@@ -22,7 +22,7 @@ from torch import Tensor
 
 from msmoe.calibration.batches import batch_indices, collate
 from msmoe.calibration.profile import check_finite
-from msmoe.calibration.records import TokenRecord
+from msmoe.calibration.records import Source, TokenRecord
 from msmoe.calibration.tokenizer import special_tokens
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
@@ -61,16 +61,16 @@ class Trainer:
         self,
         student: str | Path,
         out: str | Path,
-        data: str | Path,
+        data: Source,
         teacher: str | Path | None,
-        validation: str | Path | None,
+        validation: Source | None,
         options: RecoverOptions,
         *,
         cache_teacher: bool,
         force: bool,
     ):
         self.options, self.out, self.force = options, Path(out), force
-        inputs = [source for source in (student, teacher, data, validation) if source is not None]
+        inputs = [source for source in (student, teacher, data, validation) if isinstance(source, str | Path)]
         check_place(self.out, CHECKPOINT, force=force, inputs=inputs)
         self.source = Checkpoint(student)
         self.teacher_source = None if teacher is None else Checkpoint(teacher)
