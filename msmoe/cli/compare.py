@@ -7,7 +7,16 @@ from pathlib import Path
 import click
 
 from msmoe.cli.console import console, print_json, progress, table
-from msmoe.cli.options import AT_LEAST_ONE, checkpoint_argument, force_option, json_option
+from msmoe.cli.options import (
+    AT_LEAST_ONE,
+    DATA_FORMATS,
+    checkpoint_argument,
+    columns_option,
+    device_option,
+    dtype_option,
+    force_option,
+    json_option,
+)
 from msmoe.units import human_bytes
 
 RECOVERY_NAMES = ("learning_rate", "batch_size", "kd_weight", "hidden_weight")
@@ -15,7 +24,7 @@ RECOVERY_NAMES = ("learning_rate", "batch_size", "kd_weight", "hidden_weight")
 
 @click.command("compare")
 @checkpoint_argument
-@click.option("--data", required=True, help="Calibration data: a JSON Lines file, or a datasets name.")
+@click.option("--data", required=True, help=f"Calibration data: {DATA_FORMATS.replace('- for standard input; ', '')}.")
 @click.option("--tasks", required=True, multiple=True, help="Task file, or a folder of them (repeatable).")
 @click.option(
     "--methods",
@@ -57,13 +66,16 @@ RECOVERY_NAMES = ("learning_rate", "batch_size", "kd_weight", "hidden_weight")
 @click.option("--batch-size", type=AT_LEAST_ONE, default=16, show_default=True, help="Of the recovery.")
 @click.option("--kd-weight", type=float, default=0.2, show_default=True, help="Distillation in the recovery's loss.")
 @click.option("--hidden-weight", type=float, default=0.0, show_default=True, help="Hidden states in that loss.")
+@columns_option
+@device_option
+@dtype_option
 @force_option
 @json_option
 def command(
     checkpoint: Path, data: str, tasks: tuple[str, ...], methods: str, experts: str, recover_steps: str,
     recover_data: str | None, seeds: int, out: Path, resume: bool, processes: int, samples: int, token_sample: int,
     max_examples: int | None, metric: str | None, keep_layers: tuple[str, ...], cost: bool, force: bool, as_json: bool,
-    **recovery,
+    columns: dict[str, str] | None, device: str, dtype: str, **recovery,
 ) -> None:  # fmt: skip
     """Compare methods at the same stored bytes on the same calibration data and tasks, in one table.
 
@@ -86,7 +98,8 @@ def command(
             recover_steps=tuple(split(recover_steps, int, "--recover-steps")), recover_data=recover_data,
             seeds=tuple(range(seeds)), processes=processes, samples=samples, token_sample=token_sample,
             max_examples=max_examples, explicit_metric=metric is not None, keep_layers=keep_layers or None, cost=cost,
-            resume=resume, force=force, recovery=recovery, progress=update, **options,
+            resume=resume, force=force, recovery=recovery, columns=columns, device=device, dtype=dtype,
+            progress=update, **options,
         )  # fmt: skip
     written = write_all(results, out, force=True)
     if as_json:

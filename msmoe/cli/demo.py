@@ -147,7 +147,8 @@ def reload_elsewhere(compressed: Path, folder: Path) -> tuple[float, str]:
 
     from msmoe.calibration.batches import collate
     from msmoe.calibration.profile import load_tokenizer
-    from msmoe.calibration.records import read_records, tokenize
+    from msmoe.calibration.records import read_records
+    from msmoe.calibration.tokenization import tokenize
     from msmoe.demo import CHECKPOINT, TASKS
     from msmoe.demo import __file__ as here
     from msmoe.errors import UserError

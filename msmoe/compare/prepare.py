@@ -37,6 +37,7 @@ def calibrate(
     }
     content = Path(data).read_bytes() if Path(data).exists() else str(data).encode()
     identity = [request, source.fingerprint, sha256(content).hexdigest(), versions()["msmoe"]]
+    identity += [settings.unusual] if settings.unusual else []
     folder = out / "stats" / f"seed-{seed}"
     marker = out / "stats" / f"seed-{seed}.json"
     if marker.exists() and folder.exists():
@@ -46,7 +47,10 @@ def calibrate(
             if extra == held:
                 return Stats.load(folder)
     show = None if progress is None else lambda done, total: progress(done, total, f"calibrating, seed {seed}")
-    stats = profile(source.path, data, progress=show, **request, **extra)
+    stats = profile(
+        source.path, data, progress=show, columns=settings.columns, device=settings.device, dtype=settings.dtype,
+        **request, **extra,
+    )  # fmt: skip
     stats.save(folder, force=True)
     write_whole(marker, json.dumps([identity, extra]))
     return Stats.load(folder)

@@ -86,6 +86,8 @@ def compare(
         **options,
     )
     settings.check()
+    if "-" in (str(data), str(recover_data)):
+        raise UserError("a comparison reads its data more than once: give a file in place of standard input")
     source = Checkpoint(checkpoint)
     check_methods(source, settings)
     files = task_files(list(listed(tasks)))
@@ -96,7 +98,11 @@ def compare(
         check_apart(out, Path(path))
     check_folder(out, resume=resume, force=force)
     measured = tuple(
-        Task(f.resolve(), task_metric(f, settings.metric, explicit=explicit_metric), sha256(f.read_bytes()).hexdigest())
+        Task(
+            f.resolve(),
+            task_metric(f, settings.metric, explicit=explicit_metric, columns=settings.columns),
+            sha256(f.read_bytes()).hexdigest(),
+        )
         for f in files
     )
     out.mkdir(parents=True, exist_ok=True)
