@@ -3,9 +3,9 @@
     python scripts/simulate_significance.py                    the table, about four minutes on one core
     python scripts/simulate_significance.py --trials 200
 
-Two methods of the same skill answer the same examples: a score is the difficulty (standard deviation 1, shared
-by all runs) of the example, plus what the run's seed adds to all of them, plus noise of the run on the example. Both numbers should be
-near 0.05 and 0.95; "examples alone" is the test that takes the seeds as they are.
+Two methods of the same skill answer the same examples. A score is the difficulty of the example (standard deviation 1,
+shared by all runs), plus what the seed of the run adds to all of them, plus noise of the run on the example. Both
+numbers should be near 0.05 and 0.95; "examples alone" is the test that takes the seeds as they are.
 """
 
 import argparse
