@@ -324,3 +324,22 @@ def test_a_killed_run_goes_on_where_it_was(switch, data, tasks, tmp_path):
     assert len(list(out.glob("cells/*.json"))) == 22
     assert all(f.stat().st_mtime_ns == written for f, written in done.items())
     assert not (out / "work").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_workers_of_a_killed_run_end_with_it(number, switch, data, tasks, tmp_path):
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "msmoe.cli", "compare", str(switch), "--data", str(data), "--tasks", str(tasks), "--out",
+        str(out), "--methods", "m-smoe,reap,frequency,ean-sum,gate-mass", "--experts", "3,2", "--seeds", "2",
+        "--samples", "25", "--no-cost", "--processes", "2",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while time.time() < deadline and len(list(out.glob("cells/*.json"))) < 1:
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len([child for child in children if "spawn_main" in " ".join(child.cmdline())]) == 2
+    process.send_signal(number)
+    process.wait()
+    assert psutil.wait_procs(children, timeout=10)[1] == []

@@ -4,7 +4,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 from msmoe.analysis.report.charts import BLUE, COLOURS, GREY, ORANGE, choice, slider
-from msmoe.analysis.report.document import Column, Figure, Table
+from msmoe.analysis.report.document import ERROR_MEANING, Column, Figure, Table
 from msmoe.analysis.report.sections.forecast.data import WHOLE, has_divergence
 
 from msmoe.forecast import Forecast
@@ -74,9 +74,9 @@ def layer_figure(curves: pd.DataFrame, bounded: str) -> Figure:
     return Figure(
         "forecast-layers",
         "Predicted error by experts kept",
-        "Squared change of a layer's output relative to its square, if the layer keeps so many experts, on records "
-        "that the compression does not see; diamonds are the smallest sizes within the tolerated error. Look for "
-        f"where a line turns steep. {bounded}".strip(),
+        "Relative output error of a layer, if it keeps so many experts, on records that the compression does not see; "
+        "diamonds are the smallest sizes within the tolerated error. Look for where a line turns steep. "
+        f"{ERROR_MEANING} {bounded}".strip(),
         alt.layer(lines, nearest, points, rule.mark_rule(strokeDash=[4, 3]), text, within)
         .add_params(scale, tolerance, picked)
         .properties(width="container", height=HEIGHT),
