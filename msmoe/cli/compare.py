@@ -86,7 +86,8 @@ def command(
             recover_steps=tuple(split(recover_steps, int, "--recover-steps")), recover_data=recover_data,
             seeds=tuple(range(seeds)), processes=processes, samples=samples, token_sample=token_sample,
             max_examples=max_examples, explicit_metric=metric is not None, keep_layers=keep_layers or None, cost=cost,
-            resume=resume, force=force, recovery=recovery, progress=update, **options,
+            resume=resume, force=force, recovery=recovery, progress=update,
+            tell=lambda text: click.echo(f"msmoe: {text}", err=True), **options,
         )  # fmt: skip
     written = write_all(results, out, force=True)
     if as_json:

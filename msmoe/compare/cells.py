@@ -22,7 +22,8 @@ from msmoe.apply import apply
 from msmoe.calibration.batches import IGNORE, batch_indices, collate
 from msmoe.calibration.profile import load_tokenizer
 from msmoe.calibration.records import TokenRecord, choose_records, read_records, tokenize
-from msmoe.checkpoint import Checkpoint, write_whole
+from msmoe.checkpoint import Checkpoint
+from msmoe.compare.keeping import keep, kept
 from msmoe.compare.settings import Settings
 from msmoe.evaluate.results import TaskResult
 from msmoe.evaluate.run import evaluate
@@ -31,7 +32,7 @@ from msmoe.loading import load
 from msmoe.plan import Plan
 from msmoe.recover.run import recover
 
-FORMAT = 1  # of the files, in their digest
+FORMAT = 2  # of the files, in their digest
 LAYER_RECORDS = 16  # per task, for the loss increase of single layers
 
 
@@ -96,7 +97,7 @@ def file_digest(file: Path) -> str:
 
 def run_job(job: Job) -> int:
     """Do the cells of a job that are not done yet; returns their number."""
-    missing = [steps for steps in job.steps if not cell_file(job, steps).exists()]
+    missing = [steps for steps in job.steps if kept(cell_file(job, steps)) is None]
     if not missing:
         return 0
     work = job.out / "work" / job.name
@@ -114,7 +115,7 @@ def run_job(job: Job) -> int:
             measured = recovered(job, model, work, steps) if steps else model
             recovery = time.perf_counter() - started if steps else 0.0
             cell = measure(job, measured, steps) | {"seconds": {"apply": applied, "recover": recovery}}
-            write_whole(cell_file(job, steps), json.dumps(cell) + "\n")
+            keep(cell_file(job, steps), cell)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return len(missing)

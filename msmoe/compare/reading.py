@@ -7,10 +7,11 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from msmoe.compare.fields import Field
+from msmoe.compare.fields import Field, load_json
 from msmoe.compare.summary import FULL, REFERENCE, Task, count
 from msmoe.errors import UserError
 
@@ -85,6 +86,21 @@ class Comparison:
         """The full model trained for as many steps, else untrained."""
         keys = [key for steps in (recover_steps, 0) for key in self.groups if key[0] == FULL and key[2] == steps]
         return keys[0] if keys else None
+
+
+def load_comparison(path: Path) -> dict:
+    """Content of a results.json, checked.
+
+    Raises:
+        UserError: naming the file, if it cannot be read, is no comparison or is damaged.
+    """
+    content = load_json(path)
+    try:
+        read(content)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    assert isinstance(content, dict)
+    return content
 
 
 def read(results: object) -> Comparison:
@@ -184,8 +200,8 @@ def read_run(cell: Field, tasks: Sequence[Task]) -> Run:
         check_loss(score)
     broken = tuple(name for name, values in examples.items() if not np.isfinite(values).all())
     losses, kept = cell.get("layer_loss"), cell.get("kept")
-    for _, count in kept.items() if kept else []:
-        count.integer()
+    for _, stored in kept.items() if kept else []:
+        stored.integer()
     return Run(
         key=key,
         seed=seed,
