@@ -1,6 +1,5 @@
 """The files that a report is made from: what each one is, and whether they belong together."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from msmoe.analysis.report.document import shorten
 
 from msmoe.calibration.stats import Stats
 from msmoe.checkpoint import Checkpoint
+from msmoe.compare.fields import Field, load_json
 from msmoe.compare.reading import FORMAT as COMPARISON
 from msmoe.compare.scoring import summarise
 from msmoe.compare.summary import Summary as ComparisonSummary
@@ -216,11 +216,9 @@ def open_path(path: Path) -> Item:
     if path.is_dir():
         raise UserError(f"{path} is no artefact of msmoe: expected {KINDS}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is no artefact of msmoe ({error}): expected {KINDS}") from error
+        content = load_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; a report takes {KINDS}") from error
     if isinstance(content, dict) and content.get("format") == PLAN:
         return LabelledPlan(label, Plan.load(path))
     if path.name == "results.json":
@@ -255,32 +253,62 @@ def check_plan(label: str, summary: Summary, provenance: dict, plan: Plan) -> No
 
 
 def read_results(content: object, label: str, path: Path | None = None) -> Comparison | Evaluation:
+    """Results of `msmoe compare` or `msmoe evaluate`, checked.
+
+    Raises:
+        UserError: naming the file, and the field that is wrong.
+    """
     found = content.get("format") if isinstance(content, dict) else None
-    if isinstance(content, dict) and found == COMPARISON:
+    name = str(path) if path else f"the results {label}"
+    if not isinstance(content, dict) or found not in (COMPARISON, RESULTS):
+        other = isinstance(found, str) and found.rpartition("/")[0] in ("msmoe-comparison", "msmoe-results")
+        version = f"; this version reads {COMPARISON} and {RESULTS}" if other else ""
+        raise UserError(f"{name} is no artefact of msmoe (format {found!r}{version}): expected {KINDS}")
+    try:
+        if found == RESULTS:
+            return Evaluation(label, read_records(Field(content)))
         comparison = Comparison(label, content)
         _ = comparison.summary  # damaged results are refused here
         return comparison
-    if isinstance(content, dict) and found == RESULTS:
-        return read_evaluation(content, label)
-    where = f"{path} is" if path else "this is"
-    raise UserError(f"{where} no artefact of msmoe (format {found!r}): expected {KINDS}")
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
-def read_evaluation(content: dict, label: str) -> Evaluation:
+def read_records(content: Field) -> tuple[dict, ...]:
     """Records of `msmoe evaluate`, checked.
 
     Raises:
-        UserError: if one lacks what every record has.
+        UserError: naming the field that is missing or wrong.
     """
     try:
-        records = tuple(content["results"])
-        for record in records:
-            for metric in record["metrics"].values():
-                float(metric["value"]), *map(float, metric["ci95"])
-            _ = record["checkpoint"], record["task"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"the results {label} are damaged: {error!r}") from error
-    return Evaluation(label, records)
+        elements = content["results"].elements()
+        for record in elements:
+            check_record(record)
+    except UserError as error:
+        raise UserError(f"damaged: {error}") from error
+    return tuple(record.value for record in elements)
+
+
+def check_record(record: Field) -> None:
+    """Raise `UserError` for a record of results.json that lacks a field, or has a wrong one."""
+    for name in ("checkpoint", "task"):
+        record[name].text()
+    for _, metric in record["metrics"].items():
+        metric["value"].number()
+        metric["num_examples"].integer()
+        interval = metric["ci95"].elements()
+        if len(interval) != 2:
+            raise metric["ci95"].fail("a list of two numbers")
+        for end in interval:
+            end.number()
+    for name in ("num_parameters", "bytes", "peak_memory_bytes"):
+        if record[name].value is not None:
+            record[name].integer()
+    for name in ("majority_share", "flops_per_token", "seconds"):
+        if record[name].value is not None:
+            record[name].number(least=0)
+    if (source := record.get("source")) is not None:
+        source.text()
 
 
 def check_same_model(items: Sequence[Item]) -> None:

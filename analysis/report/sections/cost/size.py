@@ -181,7 +181,8 @@ def recovery_table(costs: Sequence[Cost]) -> Table | None:
         "cost-recovery",
         "Recovery",
         "Fine-tuning after compression: steps, and cross-entropy per target token on validation records before and "
-        "after.",
+        "after. It trains on text of the kind that the loss is measured on: this loss, and one on other text of the "
+        "kind, may fall below the original's, which alone does not make a better model.",
         pd.DataFrame(rows),
         (
             Column("checkpoint", "checkpoint"),

@@ -26,6 +26,8 @@ from msmoe.analysis.report.sections.forecast.data import (
     suggested_bytes,
 )
 
+from msmoe.checkpoint import Checkpoint
+from msmoe.demo import CHECKPOINT as DEMO
 from msmoe.errors import UserError
 from msmoe.forecast import Forecast
 from msmoe.planning import Planner
@@ -40,6 +42,10 @@ NEEDS_ORIGINAL = (
 NEEDS_STATISTICS = (
     "Give statistics of the checkpoint (msmoe profile) beside it to see the error that fewer experts would make, by "
     "layer."
+)
+UNCHECKED = (
+    "How far to trust this: no forecast of this checkpoint was checked. Results of `msmoe compare` beside these "
+    "artefacts hold it against what was measured."
 )
 TOO_LARGE = (
     "A forecast of this checkpoint takes long: --thorough makes it, and in Python msmoe.forecast for the layers and "
@@ -89,7 +95,7 @@ def blocks_of(artefacts: Artefacts, planner: Planner, found: Forecast, scope: Sc
     stored = {t: suggested_bytes(planner, found.method, found.suggest(t)) for t in TOLERANCES}
     blocks.append(bytes_table(found, stored, planner.source.num_bytes, bounded(scope)))
     blocks += measured_blocks(artefacts, found, short)
-    return blocks + [Note(text) for text in notes(found, scope)]
+    return blocks + [Note(text) for text in notes(found, scope, is_demo=is_demo(planner.source))]
 
 
 def bounded(scope: Scope) -> str:
@@ -133,7 +139,13 @@ def correlation_text(frame: Any, label: str) -> str:
     return f"Correlation of predicted with measured losses in {label}: {'; '.join(parts)}."
 
 
-def notes(found: Forecast, scope: Scope) -> list[str]:
+def is_demo(source: Checkpoint) -> bool:
+    """Whether a checkpoint is the one that the forecast was checked on."""
+    return source.fingerprint == Checkpoint(DEMO).fingerprint
+
+
+def notes(found: Forecast, scope: Scope, *, is_demo: bool) -> list[str]:
+    """What is missing or to be read with care; how good forecasts were only of the checkpoint they were checked on."""
     texts = []
     if found.whole().kl is None:
         texts.append(
@@ -142,10 +154,9 @@ def notes(found: Forecast, scope: Scope) -> list[str]:
         )
     elif not scope.is_whole:
         texts.append("The KL divergence of the whole model is not shown, as not all of its layers were forecast.")
-    checked = read_check()
-    if checked is not None and (text := check_text(checked, found.method)):
-        texts.append(text)
-    return texts
+    checked = read_check() if is_demo else None
+    text = check_text(checked, found.method) if checked else ""
+    return [*texts, text or UNCHECKED]
 
 
 def check_text(checked: dict, method: str) -> str:
@@ -159,7 +170,7 @@ def check_text(checked: dict, method: str) -> str:
         return ""
     of = f"method {method}" if which == method else "methods m-smoe and m-smoe-refit together"
     return (
-        f"How far to trust this: in a check on the demo checkpoint, {of}, the Spearman correlation over sizes of the "
-        f"predicted KL divergence with what was measured was: {', '.join(known)}. Of both methods that were checked, "
-        f"together: {verdict}."
+        f"How far to trust this: in a check on this checkpoint, the demo's, {of}, the Spearman correlation over sizes "
+        f"of the predicted KL divergence with what was measured was: {', '.join(known)}. Of both methods that were "
+        f"checked, together: {verdict}."
     )
