@@ -22,7 +22,6 @@ from scipy.stats import binomtest, norm, rankdata, t
 
 from msmoe.evaluate.metrics import CONFIDENCE, NUM_RESAMPLES
 
-ALPHA = 0.05
 POWER = 0.8
 SMALLEST_P = 1e-9
 ROUNDING = 1e-12  # differences of scores closer than this are the same number summed in another order

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from msmoe.compare.significance import ALPHA
-
+ALPHA = 0.05
 FULL, REFERENCE = "full", "reference"
 SAME_AS_FULL, SAME_AS_BEST = "≈", "†"  # not significantly different from it
 MISSING = "-"

@@ -8,7 +8,6 @@ import pandas as pd
 from msmoe.analysis.report.artefacts import Artefacts, CheckpointFolder
 from msmoe.analysis.report.charts import BLUE, GREEN, GREY
 from msmoe.analysis.report.document import Block, Fact, Facts, Figure, Note, Section
-from msmoe.analysis.report.sections.quality import quality
 
 from msmoe.units import human_bytes
 from msmoe.usage import layer_frame
@@ -16,14 +15,23 @@ from msmoe.usage import layer_frame
 SHARES = {"half": Fraction(1, 2), "a quarter": Fraction(1, 4), "an eighth": Fraction(1, 8)}
 KINDS = {"original": GREY, "predicted": BLUE, "written": GREEN}
 BAR = 26  # pixels
+UNMEASURED = (
+    "How good the model is was not measured. `msmoe evaluate CHECKPOINT --data TASK.jsonl --out results.json`, of the "
+    "original and of what was made from it, or `msmoe compare` give the scores: name their results beside the others "
+    "to see quality beside size here."
+)
 BYTES = "format(datum.value, '~s') + 'B'"  # labels of an axis
 
 
 def section(artefacts: Artefacts, say: Callable[[str], None]) -> Section | None:
-    found, blocks = quality(artefacts)
+    lead, blocks = "", [Note(UNMEASURED)]
+    if artefacts.evaluations or artefacts.comparisons:
+        from msmoe.analysis.report.sections.quality import quality
+
+        lead, blocks = quality(artefacts)
     if artefacts.layers:
         blocks += model_blocks(artefacts)
-    return Section("glance", "At a glance", found, tuple(blocks))
+    return Section("glance", "At a glance", lead, tuple(blocks))
 
 
 def model_blocks(artefacts: Artefacts) -> list[Block]:

@@ -6,7 +6,7 @@ import altair as alt
 import pandas as pd
 from msmoe.analysis.report.artefacts import Artefacts, Comparison
 from msmoe.analysis.report.charts import COLOURS
-from msmoe.analysis.report.document import Block, Column, Figure, Note, Table, shorten
+from msmoe.analysis.report.document import Block, Column, Figure, Table, shorten
 from msmoe.analysis.report.sections.comparison.evaluations import (
     MAX_CHECKPOINTS,
     SHAPES,
@@ -23,24 +23,16 @@ from msmoe.units import human_bytes
 MAX_TASKS = 6  # columns of the table
 HEIGHT = 240  # pixels
 BYTES = "format(datum.value, '.3~s') + 'B'"
-UNMEASURED = (
-    "How good the model is was not measured. `msmoe evaluate CHECKPOINT --data TASK.jsonl --out results.json`, of the "
-    "original and of what was made from it, or `msmoe compare` give the scores: name their results beside the others "
-    "to see quality beside size here."
-)
 
 
 def quality(artefacts: Artefacts) -> tuple[str, list[Block]]:
-    """The finding in a sentence, and what shows it; how to get it where nothing was measured."""
+    """The finding in a sentence, and what shows it: evaluations, else the best methods of the first comparison."""
     frame = quality_frame(artefacts)
-    leads, blocks = [], []
     if len(frame):
-        leads.append(lead(frame))
-        blocks += [*([quality_figure(frame)] if frame["bytes"].notna().any() else []), quality_table(frame)]
-    for i, item in enumerate(artefacts.comparisons[:1] if not len(frame) else ()):
-        table = best_table(item, "glance-quality" if i == 0 else f"glance-quality-{i + 1}")
-        blocks += [table] if table else []
-    return " ".join(leads), blocks or [Note(UNMEASURED)]
+        figures = [quality_figure(frame)] if frame["bytes"].notna().any() else []
+        return lead(frame), [*figures, quality_table(frame)]
+    tables = [best_table(item) for item in artefacts.comparisons[:1]]
+    return "", [table for table in tables if table is not None]
 
 
 def quality_frame(artefacts: Artefacts) -> pd.DataFrame:
@@ -155,7 +147,7 @@ LOSS_NOTE = (
 )
 
 
-def best_table(item: Comparison, name: str) -> Table | None:
+def best_table(item: Comparison) -> Table | None:
     """The full model, and at each size the best method; None without any mean."""
     summary = item.summary
     column = Measure("mean", summary.mean_title, None, summary.recover_steps[0])
@@ -167,7 +159,7 @@ def best_table(item: Comparison, name: str) -> Table | None:
     if not rows:
         return None
     return Table(
-        name,
+        "glance-quality",
         "Quality beside size",
         f"The full model, and the method with the best {summary.mean_title} at each size of {item.label}; all methods "
         "are in the chapter Comparison.",

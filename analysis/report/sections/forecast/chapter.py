@@ -32,17 +32,9 @@ from msmoe.errors import UserError
 from msmoe.forecast import Forecast
 from msmoe.planning import Planner
 
-KEY, TITLE = "forecast", "How far can I go"
 LEAD_TOLERANCE = 0.05
 NOTHING = "The only MoE layer is kept as it is by default: there is nothing to forecast."
 NAMES = {"kl": "KL divergence", "text loss": "loss on text", "task loss": "loss on tasks"}
-NEEDS_ORIGINAL = (
-    "Give the original checkpoint beside the statistics to see the error that fewer experts would make, by layer."
-)
-NEEDS_STATISTICS = (
-    "Give statistics of the checkpoint (msmoe profile) beside it to see the error that fewer experts would make, by "
-    "layer."
-)
 UNCHECKED = (
     "How far to trust this: no forecast of this checkpoint was checked. Results of `msmoe compare` beside these "
     "artefacts hold it against what was measured."
@@ -53,19 +45,18 @@ TOO_LARGE = (
 )
 
 
-def section(artefacts: Artefacts, say: Callable[[str], None]) -> Section | None:
-    if artefacts.original is None and artefacts.calibration is None:
-        return None
-    if artefacts.planner is None:
-        return Section(KEY, TITLE, "", (Note(NEEDS_ORIGINAL if artefacts.original is None else NEEDS_STATISTICS),))
-    scope = choose_scope(artefacts, artefacts.planner)
+def forecast_section(artefacts: Artefacts, key: str, title: str, say: Callable[[str], None]) -> Section:
+    """The chapter of an original checkpoint with statistics."""
+    planner = artefacts.planner
+    assert planner is not None
+    scope = choose_scope(artefacts, planner)
     if scope is None:
-        return Section(KEY, TITLE, "", (Note(TOO_LARGE if len(artefacts.layers) > 1 else NOTHING),))
+        return Section(key, title, "", (Note(TOO_LARGE if len(artefacts.layers) > 1 else NOTHING),))
     try:
-        found = make_forecast(scope, artefacts.planner, say)
+        found = make_forecast(scope, planner, say)
     except UserError as error:
-        return Section(KEY, TITLE, "", (Note(f"No forecast: {error}"),))
-    return Section(KEY, TITLE, lead(found, scope), tuple(blocks_of(artefacts, artefacts.planner, found, scope)))
+        return Section(key, title, "", (Note(f"No forecast: {error}"),))
+    return Section(key, title, lead(found, scope), tuple(blocks_of(artefacts, planner, found, scope)))
 
 
 def lead(found: Forecast, scope: Scope) -> str:
