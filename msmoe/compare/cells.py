@@ -24,17 +24,17 @@ from msmoe.calibration.records import TokenRecord, choose_records, read_records
 from msmoe.calibration.tokenization import tokenize_for
 from msmoe.calibration.tokenizer import load_tokenizer
 from msmoe.checkpoint import Checkpoint
+from msmoe.compare.keeping import keep, kept
 from msmoe.compare.settings import Settings
 from msmoe.device import choose_device, choose_dtype
 from msmoe.evaluate.results import TaskResult
 from msmoe.evaluate.run import evaluate
 from msmoe.families import inspectable_family_of
-from msmoe.files import write_whole
 from msmoe.loading import load
 from msmoe.plan import Plan
 from msmoe.recover.run import recover
 
-FORMAT = 1  # of the files, in their digest
+FORMAT = 2  # of the files, in their digest
 LAYER_RECORDS = 16  # per task, for the loss increase of single layers
 
 
@@ -100,7 +100,7 @@ def file_digest(file: Path) -> str:
 
 def run_job(job: Job) -> int:
     """Do the cells of a job that are not done yet; returns their number."""
-    missing = [steps for steps in job.steps if not cell_file(job, steps).exists()]
+    missing = [steps for steps in job.steps if kept(cell_file(job, steps)) is None]
     if not missing:
         return 0
     work = job.out / "work" / job.name
@@ -118,7 +118,7 @@ def run_job(job: Job) -> int:
             measured = recovered(job, model, work, steps) if steps else model
             recovery = time.perf_counter() - started if steps else 0.0
             cell = measure(job, measured, steps) | {"seconds": {"apply": applied, "recover": recovery}}
-            write_whole(cell_file(job, steps), json.dumps(cell) + "\n")
+            keep(cell_file(job, steps), cell)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return len(missing)
