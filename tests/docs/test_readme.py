@@ -110,7 +110,7 @@ def test_the_module_is_the_command(arguments, tmp_path):
 
 def test_the_line_for_the_shell_completes_commands(tmp_path):
     line = re.search(r'`(eval "\$\(_MSMOE_COMPLETE=bash_source msmoe\)")`', text_of(README))[1]
-    script = f'{line}; COMP_WORDS=(msmoe eval); COMP_CWORD=1; _msmoe_completion; echo "${{COMPREPLY[@]}}"'
+    script = f'{line}; COMP_WORDS=(msmoe eval); COMP_CWORD=1; _msmoe_completion msmoe; echo "${{COMPREPLY[@]}}"'
     path = {"PATH": f"{MSMOE.parent}:/usr/bin:/bin"}
     run = subprocess.run(["bash", "-c", script], env=environment(tmp_path) | path, capture_output=True, text=True)
     assert run.stdout.split() == ["evaluate"], run.stderr
