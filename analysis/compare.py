@@ -13,9 +13,9 @@ from msmoe.analysis.comparison_plots import FIGURES, write_figures
 from msmoe.analysis.comparison_tables import comparison_csv, latex, latex_document, markdown
 from msmoe.analysis.cost_tables import cost_csv, cost_markdown
 
-from msmoe.checkpoint import write_whole
 from msmoe.compare.scoring import summarise
 from msmoe.errors import UserError
+from msmoe.files import write_into
 
 TABLES = "comparison_tables"
 
@@ -45,25 +45,19 @@ def write_all(results: dict, out: Path, *, force: bool = False) -> list[Path]:
         f"{TABLES}.tex",
         *[f"{name}.{ending}" for name in FIGURES for ending in ("png", "svg")],
     ]
-    existing = [out / name for name in targets if (out / name).exists()]
-    if existing and not force:
-        raise UserError(f"{existing[0]} exists; use --force to replace it")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        figures = write_figures(summary, out)
-    except OSError as error:
-        raise UserError(f"cannot write into {out}: {error.strerror}") from error
-    shown = [path.name for path in figures if path.suffix == ".png"]
-    texts = {
-        "comparison.md": markdown(summary, figures=shown) + cost_markdown(costs),
-        "comparison.csv": comparison_csv(summary),
-        "comparison.tex": latex_document(TABLES),
-        f"{TABLES}.tex": latex(summary),
-        **({"comparison_cost.csv": cost_csv(costs)} if costs else {}),
-    }
-    for name, text in texts.items():
-        write_whole(out / name, text)
-    return [*[out / name for name in texts], *figures]
+    with write_into(out, targets, force=force) as folder:
+        figures = write_figures(summary, folder)
+        shown = [path.name for path in figures if path.suffix == ".png"]
+        texts = {
+            "comparison.md": markdown(summary, figures=shown) + cost_markdown(costs),
+            "comparison.csv": comparison_csv(summary),
+            "comparison.tex": latex_document(TABLES),
+            f"{TABLES}.tex": latex(summary),
+            **({"comparison_cost.csv": cost_csv(costs)} if costs else {}),
+        }
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    return [out / name for name in [*texts, *(figure.name for figure in figures)]]
 
 
 def load_results(path: Path) -> dict:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msmoe.checkpoint import Checkpoint, write_whole
+from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
 from msmoe.families import MoELayer
+from msmoe.files import write_whole
 
 FORMAT = "msmoe-plan/1"
 WEIGHT_TOLERANCE = 1e-6

@@ -9,7 +9,8 @@ import torch
 
 from msmoe.calibration.stats import Stats
 from msmoe.card import model_card, source_metadata
-from msmoe.checkpoint import Checkpoint, CheckpointWriter
+from msmoe.checkpoint import Checkpoint
+from msmoe.checkpoint.writer import CheckpointWriter
 from msmoe.export import Export
 from msmoe.families import Family
 from msmoe.merging import Sources

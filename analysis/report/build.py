@@ -12,8 +12,8 @@ from msmoe.analysis.report.files import write_files
 from msmoe.analysis.report.page import to_html
 from msmoe.analysis.report.sections import SECTIONS
 
-from msmoe.checkpoint import write_whole
 from msmoe.errors import UserError
+from msmoe.files import write_whole
 
 Tell = Callable[[int, int, str], None]  # (steps done, steps in all, what is being done)
 FRAME_HEIGHT = 800  # pixels of a report in a notebook

@@ -8,8 +8,8 @@ import click
 from msmoe.errors import UserError
 
 COMMANDS = (
-    "inspect", "profile", "plan", "apply", "factorize", "recover", "compress", "evaluate", "compare", "report",
-    "methods", "demo",
+    "inspect", "convert", "profile", "plan", "apply", "factorize", "recover", "compress", "evaluate", "compare",
+    "report", "methods", "demo",
 )  # fmt: skip
 
 

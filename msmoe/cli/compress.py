@@ -12,7 +12,6 @@ from msmoe.cli.options import (
     PLAN_OPTIONS,
     PROFILE_OPTIONS,
     add_options,
-    check_output,
     checkpoint_argument,
     choices_of,
     json_option,
@@ -21,6 +20,7 @@ from msmoe.cli.options import (
 )
 from msmoe.cli.plan import print_plan
 from msmoe.cli.profile import warn_unused
+from msmoe.places import CHECKPOINT, check_place
 
 FISHER_RECORDS = 64  # for methods that need them, unless --fisher says otherwise
 
@@ -55,7 +55,7 @@ def command(
     from msmoe.planning import check_request, plan
 
     if not dry_run:
-        check_output(out, force=force)
+        check_place(out, CHECKPOINT, force=force, inputs=[checkpoint, data])
     shard_bytes = parse_size(max_shard_size)
     source = Checkpoint(checkpoint)
     choices = choices_of(options)

@@ -38,16 +38,14 @@ def command(
     loss         cross-entropy per target token
     Example: msmoe evaluate switch-small --data tasks/sentiment.jsonl --out results.json
     """
-    from msmoe.errors import UserError
     from msmoe.evaluate.results import save_results
     from msmoe.evaluate.run import evaluate
     from msmoe.loading import load
+    from msmoe.places import FILE, check_place
 
-    if out is not None and out.exists() and not force:
-        raise UserError(f"{out} exists; use --force to replace it")
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"cannot write {out}: no folder {out.parent}")
     files = expand(tasks)
+    if out is not None:
+        check_place(out, FILE, force=force, inputs=[checkpoint, *files])
     wanted = metrics.split(",") if metrics else None
     if wanted is not None:
         check_names(wanted)

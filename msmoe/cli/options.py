@@ -10,7 +10,37 @@ from msmoe.errors import UserError
 
 AT_LEAST_ONE = click.IntRange(min=1)
 
-checkpoint_argument = click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
+
+def checkpoint_argument(function: Callable) -> Callable:
+    """The argument `CKPT`, and `--revision` for one on the hub."""
+    argument = click.argument("checkpoint", metavar="CKPT", callback=named_checkpoint)
+    revision = click.option(
+        "--revision", is_eager=True, expose_value=False, callback=remember_revision,
+        help="Branch, tag or commit, where CKPT is the id OWNER/NAME of a hub repository.",
+    )  # fmt: skip
+    return argument(revision(function))
+
+
+def remember_revision(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    ctx.meta["msmoe.revision"] = value
+
+
+def named_checkpoint(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """The folder; or the hub's id, whose files are fetched before any other progress bar runs."""
+    from msmoe.checkpoint.source import hub_id, local_folder
+
+    revision = ctx.meta.get("msmoe.revision")
+    if revision and hub_id(f"{value}@{revision}") is None:
+        raise UserError(f"--revision is of a repository on the hub, and {value} is none (OWNER/NAME)")
+    name = f"{value}@{revision}" if revision else value
+    if hub_id(name) and ctx.command.name != "inspect":
+        local_folder(name)
+    return name
+
+
+push_option = click.option(
+    "--push", metavar="OWNER/NAME", help="Upload the output to this repository of the hub; needs a token (HF_TOKEN)."
+)
 force_option = click.option("--force", is_flag=True, help="Replace what exists under the output's name.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs instead of tables.")
 seed_option = click.option(

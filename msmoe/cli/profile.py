@@ -8,12 +8,12 @@ from msmoe.cli.console import console, print_json, progress, usage_table
 from msmoe.cli.options import (
     PROFILE_OPTIONS,
     add_options,
-    check_output,
     checkpoint_argument,
     force_option,
     json_option,
     seed_option,
 )
+from msmoe.places import STATISTICS, check_place
 
 
 @click.command("profile")
@@ -40,7 +40,7 @@ def command(checkpoint: Path, data: tuple[str, ...], out: Path, force: bool, as_
     """
     from msmoe.calibration.profile import profile
 
-    check_output(out, force=force)
+    check_place(out, STATISTICS, force=force, inputs=[checkpoint, *data])
     with progress("profiling") as update:
         stats = profile(checkpoint, data, progress=update, **options)
     stats.save(out, force=force)

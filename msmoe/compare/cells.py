@@ -22,11 +22,12 @@ from msmoe.apply import apply
 from msmoe.calibration.batches import IGNORE, batch_indices, collate
 from msmoe.calibration.profile import load_tokenizer
 from msmoe.calibration.records import TokenRecord, choose_records, read_records, tokenize
-from msmoe.checkpoint import Checkpoint, write_whole
+from msmoe.checkpoint import Checkpoint
 from msmoe.compare.settings import Settings
 from msmoe.evaluate.results import TaskResult
 from msmoe.evaluate.run import evaluate
 from msmoe.families import inspectable_family_of
+from msmoe.files import write_whole
 from msmoe.loading import load
 from msmoe.plan import Plan
 from msmoe.recover.run import recover

@@ -9,10 +9,11 @@ from typing import Any
 
 from msmoe.calibration.profile import profile
 from msmoe.calibration.stats import Stats
-from msmoe.checkpoint import Checkpoint, write_whole
+from msmoe.checkpoint import Checkpoint
 from msmoe.compare.budget import budget_bytes, experts_within
 from msmoe.compare.cells import Job, Task
 from msmoe.compare.settings import FISHER_RECORDS, Settings
+from msmoe.files import write_whole
 from msmoe.methods import METHODS, resolve, variant
 from msmoe.plan import Plan
 from msmoe.planning import Planner

@@ -10,8 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from msmoe.checkpoint import Checkpoint, write_whole
-from msmoe.checkpoint.writer import lock_journal
+from msmoe.checkpoint import Checkpoint
 from msmoe.compare.budget import budget_bytes
 from msmoe.compare.cells import Job, Task, cell_file, run_job
 from msmoe.compare.cost import cost_file, run_cost, run_peak
@@ -20,12 +19,15 @@ from msmoe.compare.processes import in_a_process_of_its_own, workers
 from msmoe.compare.settings import REFERENCES, Settings, task_files, task_metric
 from msmoe.errors import UserError
 from msmoe.families import family_of
+from msmoe.files import locked, write_whole
 from msmoe.methods import METHODS, variant
+from msmoe.places import check_apart
 from msmoe.planning import Planner, check_request
 from msmoe.provenance import versions
 
 FORMAT = "msmoe-comparison/1"
 MARKER = ".lock"  # a comparison's folder has it; who writes there holds it
+STARTED_OVER = ".started-over"  # while its results.json is of the comparison before
 FAILURES = UserError | RuntimeError | ValueError | OSError  # of a cell; the others go on
 Progress = Callable[..., None]  # (cells done, cells in all, note)
 
@@ -90,15 +92,17 @@ def compare(
     out = Path(out)
     if processes < 1:
         raise UserError(f"--processes must be at least 1, got {processes}")
+    for path in (checkpoint, data, *listed(tasks), *([recover_data] if recover_data else [])):
+        check_apart(out, Path(path))
     check_folder(out, resume=resume, force=force)
     measured = tuple(
         Task(f.resolve(), task_metric(f, settings.metric, explicit=explicit_metric), sha256(f.read_bytes()).hexdigest())
         for f in files
     )
     out.mkdir(parents=True, exist_ok=True)
-    with lock_journal(out / MARKER):
+    with locked(out / MARKER):
         if force:
-            clear(out)
+            start_over(out)
         shutil.rmtree(out / "work", ignore_errors=True)  # of a killed run
         (out / "cells").mkdir(exist_ok=True)
         note = lambda text: progress(0, 0, text) if progress else None
@@ -113,11 +117,12 @@ def compare(
         failures = run_all(jobs, total, processes, progress)
         costs = measure_all_costs(jobs, settings, progress) if cost and not failures else {}
         results = collect(source, planners, settings, measured, jobs, costs)
-        if resume:
+        if resume and not (out / STARTED_OVER).exists():
             results = with_earlier(results, out / "results.json")
         with contextlib.suppress(OSError):
             (out / "work").rmdir()
         write_whole(out / "results.json", to_json(results))
+        (out / STARTED_OVER).unlink(missing_ok=True)
     if failures:
         raise UserError(f"{len(failures)} of {len(jobs)} jobs failed, {failures[0]}; the others are kept in {out}: "
                         "--resume tries again")  # fmt: skip
@@ -153,11 +158,11 @@ def check_folder(out: Path, *, resume: bool, force: bool) -> None:
         raise UserError(f"{out} exists; use --resume to add what is new, or --force to start over")
 
 
-def clear(out: Path) -> None:
-    """Remove what an earlier comparison left."""
+def start_over(out: Path) -> None:
+    """Remove what an earlier comparison left, but for its results, which stay until there are new ones."""
+    (out / STARTED_OVER).touch()
     for name in ("stats", "plans", "cells", "cost"):
         shutil.rmtree(out / name, ignore_errors=True)
-    (out / "results.json").unlink(missing_ok=True)
 
 
 # ---- cells

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from msmoe.checkpoint import write_whole
-from msmoe.errors import UserError
 from msmoe.evaluate.metrics import Estimate
+from msmoe.files import write_whole
+from msmoe.places import FILE, check_place
 
 FORMAT = "msmoe-results/1"
 
@@ -96,8 +96,6 @@ def save_results(results: Sequence[TaskResult], path: str | Path, *, force: bool
     Raises:
         UserError: if the file exists and `force` is not given, or cannot be written.
     """
-    path = Path(path)
-    if path.exists() and not force:
-        raise UserError(f"{path} exists; use --force to replace it")
+    check_place(Path(path), FILE, force=force)
     content = {"format": FORMAT, "results": [result.describe() for result in results]}
     write_whole(path, json.dumps(content, indent=1) + "\n")

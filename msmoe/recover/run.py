@@ -71,9 +71,10 @@ def recover(
     chosen = RecoverOptions(**options)
     chosen.check(has_teacher=teacher is not None)
     trainer = Trainer(student, out, data, teacher, validation, chosen, cache_teacher=cache_teacher, force=force)
-    trainer.prepare(resume=resume, progress=progress)
-    trainer.run(progress)
-    sizes = trainer.finish()
+    with trainer:
+        trainer.prepare(resume=resume, progress=progress)
+        trainer.run(progress)
+        sizes = trainer.finish()
     return RecoverReport(
         trainer.out, trainer.steps, trainer.best_step, trainer.first_loss, trainer.best_loss,
         len(trainer.train_records), len(trainer.held_out), *sizes, log=trainer.folder / "metrics.jsonl",

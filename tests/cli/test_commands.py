@@ -389,7 +389,7 @@ def killed(tmp_path_factory):
     arguments = ["compress", str(CHECKPOINT), "--data", str(CALIBRATION), "--samples", "24", "--experts", "4"]
     arguments += ["--token-sample", "1024", "--out", str(folder / "out")]
     process = subprocess.Popen([MSMOE, *arguments], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    notes = folder / "out.partial" / ".notes"
+    notes = folder / ".out.msmoe-partial" / ".notes"
     while process.poll() is None and not (notes.exists() and notes.read_text().count("\n") >= 3):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -398,7 +398,7 @@ def killed(tmp_path_factory):
 
 
 def test_a_killed_compress_leaves_nothing_under_the_final_name(killed):
-    assert [file.name for file in killed[0].iterdir()] == ["out.partial"]
+    assert [file.name for file in killed[0].iterdir()] == [".out.msmoe-partial"]
 
 
 def test_resume_finishes_a_killed_compress_to_the_same_weights(killed, msmoe, tmp_path):

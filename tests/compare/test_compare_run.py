@@ -15,11 +15,11 @@ from tiny import LAYERS, batch_of, random_records, size_of, write_records
 
 from msmoe.apply import apply
 from msmoe.calibration.stats import Stats
-from msmoe.checkpoint.writer import lock_journal
 from msmoe.compare.run import MARKER, compare
 from msmoe.compare.settings import task_files
 from msmoe.errors import UserError
 from msmoe.evaluate.run import evaluate
+from msmoe.files import locked
 from msmoe.loading import load
 from msmoe.methods import variant
 from msmoe.plan import Plan
@@ -244,7 +244,7 @@ def test_two_runs_in_one_folder_are_refused(switch, data, tasks, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / MARKER).touch()
-    with lock_journal(out / MARKER), pytest.raises(UserError, match="another process is writing"):
+    with locked(out / MARKER), pytest.raises(UserError, match="another process is writing"):
         run(switch, data, tasks, out, resume=True)
 
 
