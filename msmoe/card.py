@@ -3,9 +3,6 @@
 from importlib.metadata import version
 from pathlib import Path
 
-import yaml
-from huggingface_hub import ModelCardData, metadata_load
-
 from msmoe.plan import Plan
 
 INHERITED = ("license", "license_name", "license_link", "language", "datasets")
@@ -45,6 +42,8 @@ def metadata(inherited: dict) -> str:
 
     `text-generation` is the hub's name for what encoder-decoders do as well; the older name is among the tags.
     """
+    from huggingface_hub import ModelCardData
+
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=list(TAGS), **inherited)
     return data.to_yaml()
 
@@ -55,10 +54,13 @@ def source_metadata(folder: Path) -> dict:
     The base model is the source itself where the hub's cache holds it; for a checkpoint made by msmoe it is that one's.
     A source without a card, or whose metadata cannot be read, gives nothing: a card is not needed to compress.
     """
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
     card = folder / "README.md"
     try:
         found = (metadata_load(card) if card.is_file() else None) or {}
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, YAMLError):
         found = {}
     base = hub_id(folder) or ((folder / "msmoe.json").is_file() and found.get("base_model"))
     kept = {key: found.get(key) for key in INHERITED} | {"base_model": base}
