@@ -1,6 +1,8 @@
-"""The one exception that stands for a mistake of the caller; the command line prints it as one line."""
+"""The one exception that stands for a mistake of the caller, and the one way to warn."""
 
 import contextlib
+import sys
+import warnings
 from collections.abc import Iterator
 
 MAX_QUOTED = 400  # characters of another library's message
@@ -25,3 +27,15 @@ def explain_library_errors(what: str) -> Iterator[None]:
             raise
         said = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{what}: {said if len(said) <= MAX_QUOTED else said[:MAX_QUOTED] + ' ...'}") from error
+
+
+class MsmoeWarning(UserWarning):
+    """Something that the caller should know of a result."""
+
+
+def warn(message: str) -> None:
+    """Warn, in the name of the first caller outside of the package; a command prints the message alone."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "msmoe":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, MsmoeWarning, stacklevel=level - 1)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msmoe.checkpoint.reader import Checkpoint
-from msmoe.errors import UserError, explain_library_errors
+from msmoe.errors import UserError, explain_library_errors, warn
 from msmoe.families import FAMILIES
 from msmoe.registration import register
 
@@ -67,8 +66,8 @@ class Tied:
 def check_complete(checkpoint: Checkpoint) -> list[Tied]:
     """Compare a checkpoint's tensors with the parameters of the model that its configuration describes.
 
-    Nothing is read but headers; the model is built without memory. Tensors that the model does not use are named on
-    standard error.
+    Nothing is read but headers; the model is built without memory. Tensors that the model does not use are named in a
+    warning.
 
     Returns:
         the parameters that have several names.
@@ -89,9 +88,7 @@ def check_complete(checkpoint: Checkpoint) -> list[Tied]:
                 f"{checkpoint.path}: {name} has shape {list(checkpoint.spec(name).shape)}, the model has {list(shape)}"
             )
     if unused:
-        print(
-            f"msmoe: warning: {checkpoint.path} holds {listed(unused)}, which the model does not use", file=sys.stderr
-        )
+        warn(f"{checkpoint.path} holds {listed(unused)}, which the model does not use")
     several = (Tied(g.names, tuple(n for n in g.names if n in checkpoint)) for g in groups if len(g.names) > 1)
     return list(several)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msmoe.errors import UserError
-from msmoe.json_files import read_object
+from msmoe.strict_json import read_object
 
 if TYPE_CHECKING:
     from msmoe.checkpoint.reader import Checkpoint
@@ -89,7 +89,7 @@ def remembered() -> dict[str, str]:
     """Identity of files -> digest of their tensors; empty where there is no cache or it cannot be read."""
     try:
         content = read_object(cache_file())
-    except (OSError, UserError, RuntimeError):
+    except (UserError, RuntimeError):
         return {}
     return {key: value for key, value in content.items() if isinstance(value, str) and len(value) == 64}
 

@@ -23,7 +23,7 @@ from msmoe.checkpoint.source import (
     weight_files,
 )
 from msmoe.errors import UserError
-from msmoe.json_files import read_object
+from msmoe.strict_json import read_object
 
 if TYPE_CHECKING:
     import torch
@@ -152,10 +152,9 @@ class Checkpoint:
         self.path = download_configuration(wanted) if wanted and headers is not None else local_folder(path)
         self.name = str(path) if wanted else str(self.path)
         self.is_pickled = False
-        try:
-            self.config = read_object(self.path / "config.json")
-        except FileNotFoundError:
-            raise UserError(f"{self.path} has no config.json: not a checkpoint folder") from None
+        if not (self.path / "config.json").exists():
+            raise UserError(f"{self.path} has no config.json: not a checkpoint folder")
+        self.config = read_object(self.path / "config.json", "a model's configuration")
         if headers is not None:
             self._entries = {name: (TensorSpec(name, *header), None) for name, header in headers.items()}
         else:

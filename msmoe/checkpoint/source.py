@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from msmoe.errors import UserError
-from msmoe.json_files import read_object
+from msmoe.strict_json import read_object
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -217,7 +217,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     Raises:
         UserError: if it is damaged, or a name leads out of the folder.
     """
-    weight_map: Any = read_object(index, what="an index of weights").get("weight_map")
+    weight_map: Any = read_object(index, "an index of weights").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map")
     for tensor, name in weight_map.items():

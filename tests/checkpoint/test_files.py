@@ -71,7 +71,7 @@ def test_links_of_the_hubs_cache_are_followed(switch, tmp_path):
 def test_a_pipe_is_refused_without_waiting(name, copied):
     (copied / name).unlink()
     os.mkfifo(copied / name)
-    with pytest.raises(UserError, match=f"{name} is not a regular file"):
+    with pytest.raises(UserError, match=f"{name} is not .*regular file"):
         Checkpoint(copied)
 
 
@@ -89,7 +89,7 @@ def test_a_tensor_that_the_index_names_and_no_shard_holds_is_refused(sharded):
 )
 def test_a_configuration_that_is_no_json_is_one_line(text, copied):
     (copied / "config.json").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(UserError, match=r"config.json is not readable JSON") as caught:
+    with pytest.raises(UserError, match=r"config.json is not a model's configuration: it") as caught:
         Checkpoint(copied)
     assert len(str(caught.value).splitlines()) == 1
 
