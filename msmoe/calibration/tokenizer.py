@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from msmoe.errors import UserError, explain_library_errors
-from msmoe.json_files import read_object
+from msmoe.strict_json import read_object
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
 LFS_POINTER = b"version https://git-lfs"
@@ -86,7 +86,7 @@ def check_file(file: Path) -> None:
     if start == LFS_POINTER:
         raise UserError(f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
     if file.suffix == ".json":
-        read_object(file, what="a tokenizer")
+        read_object(file, "a tokenizer file")
 
 
 @contextlib.contextmanager
