@@ -1,8 +1,10 @@
 """Options that several subcommands share."""
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,30 +14,22 @@ AT_LEAST_ONE = click.IntRange(min=1)
 
 
 def checkpoint_argument(function: Callable) -> Callable:
-    """The argument `CKPT`, and `--revision` for one on the hub."""
-    argument = click.argument("checkpoint", metavar="CKPT", callback=named_checkpoint)
-    revision = click.option(
-        "--revision", is_eager=True, expose_value=False, callback=remember_revision,
-        help="Branch, tag or commit, where CKPT is the id OWNER/NAME of a hub repository.",
-    )  # fmt: skip
-    return argument(revision(function))
+    """The argument `CKPT`, and `--revision` for one on the hub, which is fetched before any other progress bar runs."""
 
+    @functools.wraps(function)
+    def with_checkpoint(*, checkpoint: str, revision: str | None, **arguments: Any) -> Any:
+        from msmoe.checkpoint.source import hub_id, local_folder
 
-def remember_revision(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    ctx.meta["msmoe.revision"] = value
+        name = f"{checkpoint}@{revision}" if revision else checkpoint
+        if revision and hub_id(name) is None:
+            raise UserError(f"--revision is of a repository on the hub, and {checkpoint} is none (OWNER/NAME)")
+        if hub_id(name) and click.get_current_context().command.name != "inspect":
+            local_folder(name)
+        return function(checkpoint=name, **arguments)
 
-
-def named_checkpoint(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """The folder; or the hub's id, whose files are fetched before any other progress bar runs."""
-    from msmoe.checkpoint.source import hub_id, local_folder
-
-    revision = ctx.meta.get("msmoe.revision")
-    if revision and hub_id(f"{value}@{revision}") is None:
-        raise UserError(f"--revision is of a repository on the hub, and {value} is none (OWNER/NAME)")
-    name = f"{value}@{revision}" if revision else value
-    if hub_id(name) and ctx.command.name != "inspect":
-        local_folder(name)
-    return name
+    help_text = "Branch, tag or commit, where CKPT is the id OWNER/NAME of a repository on the hub."
+    argument = click.argument("checkpoint", metavar="CKPT")
+    return argument(click.option("--revision", help=help_text)(with_checkpoint))
 
 
 push_option = click.option(
