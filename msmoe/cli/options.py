@@ -32,9 +32,6 @@ def checkpoint_argument(function: Callable) -> Callable:
     return argument(click.option("--revision", help=help_text)(with_checkpoint))
 
 
-push_option = click.option(
-    "--push", metavar="OWNER/NAME", help="Upload the output to this repository of the hub; needs a token (HF_TOKEN)."
-)
 force_option = click.option("--force", is_flag=True, help="Replace what exists under the output's name.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs instead of tables.")
 seed_option = click.option(
@@ -198,7 +195,8 @@ APPLY_OPTIONS = (
         default="exact",
         show_default=True,
         help="exact: any number of experts per layer, routing as the plan says; native: stock class, needs --budget "
-        "uniform --keep-layer none; dense: a plain T5 from --experts 1 --keep-layer none.",
+        "uniform --keep-layer none; its routers have fewer rows and other gate values than a refit was solved for: "
+        "what that costs is measured and printed; dense: a plain T5 from --experts 1 --keep-layer none.",
     ),
     click.option(
         "--router",
