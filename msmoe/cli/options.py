@@ -64,7 +64,7 @@ columns_option = click.option(
     "--columns",
     metavar="FIELD=COLUMN,...",
     callback=parse_columns,
-    help="Where the data hold a record's fields, e.g. source=question,target=answer.",
+    help="Where the data hold a record's fields, e.g. source=question,target=answers.text.0.",
 )
 device_option = click.option(
     "--device",
