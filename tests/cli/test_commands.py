@@ -280,9 +280,9 @@ BAD = {
         "data.jsonl, line 3: exp",
     ),
     "padding only": (
-        write_data(GOOD_LINE + '{"input_ids": [0, 0], "labels": [7]}\n'),
+        write_data('{"input_ids": [0, 0], "labels": [7]}\n'),
         [PROFILE, COMPRESS, EVALUATE],
-        "data.jsonl, line 2 is all padding",
+        "data.jsonl, line 1 is all padding",
     ),
     "missing data": (nothing, [PROFILE.replace("data.jsonl", "gone.jsonl")], "cannot read gone.jsonl"),
     "too many experts": (

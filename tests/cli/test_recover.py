@@ -181,9 +181,9 @@ BAD = {
     "empty data": (write_data(""), RECOVER, "data.jsonl holds no records"),
     "sources alone": (write_data('{"source": "a"}\n'), RECOVER, "data.jsonl, line 1: expected"),
     "no target token": (
-        write_data('{"input_ids": [5], "labels": [7]}\n{"input_ids": [5], "labels": []}\n'),
+        write_data('{"input_ids": [5], "labels": [0]}\n{"input_ids": [5], "labels": [0, -100]}\n'),
         RECOVER,
-        "data.jsonl, line 2 is all padding: no target token left",
+        "data.jsonl, line 1 is all padding: no target token left",
     ),
     "one record": (
         write_data('{"input_ids": [5], "labels": [7]}\n'),
