@@ -4,7 +4,6 @@ python -m msmoe.analysis.compare results.json --out DIR
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from msmoe.analysis.comparison_plots import FIGURES, write_figures
 from msmoe.analysis.comparison_tables import comparison_csv, latex, latex_document, markdown
 from msmoe.analysis.cost_tables import cost_csv, cost_markdown
 
+from msmoe.compare.reading import load_comparison
 from msmoe.compare.scoring import summarise
 from msmoe.errors import UserError
 from msmoe.files import write_into
@@ -60,20 +60,6 @@ def write_all(results: dict, out: Path, *, force: bool = False) -> list[Path]:
     return [out / name for name in [*texts, *(figure.name for figure in figures)]]
 
 
-def load_results(path: Path) -> dict:
-    """Content of results.json.
-
-    Raises:
-        UserError: if it cannot be read or is no JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from error
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="replace the files of an earlier report")
     chosen = parser.parse_args(arguments)
     try:
-        written = write_all(load_results(chosen.results), chosen.out, force=chosen.force)
+        written = write_all(load_comparison(chosen.results), chosen.out, force=chosen.force)
     except UserError as error:
         print(f"msmoe.analysis.compare: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -33,9 +33,9 @@ class MsmoeWarning(UserWarning):
     """Something that the caller should know of a result."""
 
 
-def warn(message: str) -> None:
+def warn(message: str, category: type[MsmoeWarning] = MsmoeWarning) -> None:
     """Warn, in the name of the first caller outside of the package; a command prints the message alone."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "msmoe":
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, MsmoeWarning, stacklevel=level - 1)
+    warnings.warn(message, category, stacklevel=level - 1)

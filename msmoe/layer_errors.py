@@ -6,10 +6,10 @@ one another is not in it, and neither are tokens over capacity.
 Shapes: E experts of the original, R router rows, G stored experts, C constants, T tokens, D d_model.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,9 +41,9 @@ class LayerError:
     """What compression did to one layer.
 
     Attributes:
-        error: sum_t w_t |y_t - y'_t|^2 / sum_t w_t |y_t|^2, with y the gate-weighted output of the original layer, y'
-            that of the compressed one, and w the number of calibration tokens that each one stands for; NaN without
-            tokens.
+        error: the relative output error, sum_t w_t |y_t - y'_t|^2 / sum_t w_t |y_t|^2, with y the gate-weighted output
+            of the original layer, y' that of the compressed one, and w the number of calibration tokens that each one
+            stands for; NaN without tokens. 0 is unchanged, 1 as far off as no output, and more is possible.
         by_expert: (E,) float64, the same over the tokens of each original expert; NaN where there are none.
         num_tokens: tokens that it was measured on.
         rerouted: share of the calibration tokens, in [0, 1], that meet another gate value, or another stored expert
@@ -119,6 +119,54 @@ def layer_errors(
         if progress:
             progress(len(result), len(stats.layers))
     return result
+
+
+def refit_errors(groups: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Relative output error of the refitted groups of each layer before and after the refit, as `LayerError.error`.
+
+    Over the held-out tokens of these groups alone: the errors of groups, weighed by the squares they are relative to.
+
+    Args:
+        groups: as `ApplyReport.groups` and `msmoe.json` list them.
+
+    Returns:
+        layer -> errors, of layers with a refitted group that has held-out tokens.
+    """
+    sums: dict[str, list[float]] = {}
+    for group in groups:
+        refit = group.get("refit") or {}
+        square = refit.get("held_out_square")
+        if square and refit.get("error_before") is not None:
+            total = sums.setdefault(group["layer"], [0.0, 0.0, 0.0])
+            total[0] += square * refit["error_before"]
+            total[1] += square * refit["error_after"]
+            total[2] += square
+    return {layer: (before / square, after / square) for layer, (before, after, square) in sums.items()}
+
+
+def routing_costs(
+    original: Checkpoint, native: Checkpoint, plan: Plan, stats: Stats, *, tokens: int = 1024
+) -> dict[str, tuple[float, float]]:
+    """What the reduced routers of a `native` export cost: output errors under the plan's routing, and under theirs.
+
+    A refit solves for the original's gate values; a router with fewer rows gives others.
+
+    Returns:
+        layer with a reduced router -> relative squared output errors on held-out tokens: with original rows and map, as
+        an `exact` export of the same plan has it, and with the rows of the export. NaN without tokens.
+    """
+    family, costs = family_of(original), {}
+    for layer in family.layers(native):
+        before = read_layer(family, original, layer.name, stats.layers[layer.name].num_experts)
+        exported = read_layer(family, native, layer.name, layer.num_experts)
+        if layer.name not in plan.layers or len(exported.rows) == len(before.rows):
+            continue
+        targets = torch.tensor(plan.layers[layer.name].expert_map)
+        planned = replace(exported, rows=before.rows, bias=before.bias, targets=targets)
+        how = {"tokens": tokens, "every": False, "stable_ranks": False, "seen": True}
+        errors = [compare_layers(before, after, None, stats.layers[layer.name], **how) for after in (planned, exported)]
+        costs[layer.name] = errors[0].error, errors[1].error
+    return costs
 
 
 def check_layers(source: Checkpoint, family: Family, target: Checkpoint, stored_family: Family, stats: Stats) -> None:

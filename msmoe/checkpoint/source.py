@@ -64,8 +64,8 @@ def local_folder(name: str | Path) -> Path:
         return path
     wanted = hub_id(name)
     if wanted is None:
-        kind = "is a file, not a checkpoint folder" if path.exists() else "no checkpoint folder there"
-        raise UserError(f"{name}: {kind} (a folder with config.json, or the id OWNER/NAME of a hub repository)")
+        found = "it is a file" if path.exists() else "a folder with config.json, or the id OWNER/NAME on the hub"
+        raise UserError(f"no checkpoint folder at {name} ({found})")
     return download(wanted)
 
 
@@ -208,7 +208,7 @@ def weight_files(folder: Path) -> WeightFiles:
             return WeightFiles(tuple(regular_file(folder, name) for name in names), pickled, weight_map)
     others = sorted(p.name for p in folder.iterdir() if p.suffix in OTHER_FORMATS)
     hint = f"; it holds {others[0]}, which is not read" if others else ""
-    raise UserError(f"{folder} holds no weights: neither {SAFETENSORS} nor {PICKLE}, nor their shards{hint}")
+    raise UserError(f"{folder} holds no {SAFETENSORS} and no {PICKLE}, nor their shards{hint}")
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

@@ -7,7 +7,17 @@ import click
 from msmoe.cli.console import console, print_json, progress, table
 from msmoe.cli.factorize import rank_table
 from msmoe.cli.options import APPLY_OPTIONS, add_options, checkpoint_argument, json_option, parse_size
+from msmoe.cli.push import push_option
 from msmoe.units import human_bytes
+
+ERROR_MEANING = (
+    "error: relative output error, squared, of the refitted groups on held-out tokens, each weighed by the calibration "
+    "tokens that it stands for; 100 % is as far off as no output"
+)
+ROUTING_MEANING = (
+    "as exported: the same error with the routers of the native export, whose gate values are not those that the refit "
+    "was solved for; an exact export keeps the error after refit"
+)
 
 
 @click.command("apply")
@@ -19,6 +29,7 @@ from msmoe.units import human_bytes
 @click.option("--data", help="Calibration data; needed by plans with sequential refit.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to write.")
 @add_options(APPLY_OPTIONS)
+@push_option
 @json_option
 def command(
     checkpoint: Path, plan_file: Path, stats: Path | None, data: str | None, out: Path, export: str, router: str,
@@ -40,7 +51,7 @@ def command(
 
 
 def print_report(report, *, as_json: bool) -> None:
-    """Per layer: groups merged, neurons moved, held-out error before and after refit, drop rates, router fit.
+    """Per layer: groups merged, neurons moved, relative output error before and after refit, drop rates, router fit.
 
     Args:
         report: `msmoe.ApplyReport`.
@@ -54,36 +65,41 @@ def print_report(report, *, as_json: bool) -> None:
                 "groups": report.groups,
                 "drop_rates": report.drop_rates,
                 "factors": report.factors and report.factors.matrices,
+                "routing_costs": {n: {"planned": a, "exported": b} for n, (a, b) in report.routing_costs.items()},
                 "routers": {
                     n: {"agreement": r.agreement, "gate_error": r.gate_error} for n, r in report.routers.items()
                 },
             }
         )
         return
-    out = console()
+    from msmoe.layer_errors import refit_errors
+
+    out, costs = console(), report.routing_costs
     rows = table(
-        "layer", "merged groups", "neurons moved", "error", "refit error", "dropped", "dropped now", "router agrees"
-    )
+        "layer", "merged groups", "neurons moved", "error before refit", "after refit", "dropped", "dropped now",
+        "router agrees", *(["as exported"] if costs else []),
+    )  # fmt: skip
+    errors = refit_errors(report.groups)
     for name in dict.fromkeys([g["layer"] for g in report.groups] + list(report.routers)):
         groups = [g for g in report.groups if g["layer"] == name]
         moved = [match["share_moved"] for g in groups for match in g.get("alignment", {}).values()]
-        refits = [g["refit"] for g in groups if g.get("refit", {}).get("error_before") is not None]
-        held_out = sum(r["num_held_out"] for r in refits)
-        before = sum(r["error_before"] * r["num_held_out"] for r in refits) / held_out if held_out else None
-        after = sum(r["error_after"] * r["num_held_out"] for r in refits) / held_out if held_out else None
         drop = report.drop_rates.get(name)
         router = report.routers.get(name)
         rows.add_row(
             name,
             str(len(groups)),
             f"{sum(moved) / len(moved):.0%}" if moved else "-",
-            f"{before:.3f}" if before is not None else "-",
-            f"{after:.3f}" if after is not None else "-",
+            *([f"{error:.1%}" for error in errors[name]] if name in errors else ["-", "-"]),
             f"{drop[0]:.2%}" if drop else "-",
             f"{drop[1]:.2%}" if drop else "-",
             f"{router.agreement:.1%}" if router else "-",
+            *([f"{costs[name][1]:.1%}" if name in costs else "-"] if costs else []),
         )
     out.print(rows)
+    if errors:
+        out.print(ERROR_MEANING)
+    if costs:
+        out.print(ROUTING_MEANING)
     if report.factors:
         out.print(rank_table(report.factors.matrices))
     size = f"{report.num_bytes:,} bytes ({human_bytes(report.num_bytes)})"

@@ -8,6 +8,7 @@ from msmoe.cli.apply import print_report
 from msmoe.cli.console import console, progress, usage_table
 from msmoe.cli.options import (
     APPLY_OPTIONS,
+    DATA_FORMATS,
     FACTOR_OPTIONS,
     PLAN_OPTIONS,
     PROFILE_OPTIONS,
@@ -20,6 +21,7 @@ from msmoe.cli.options import (
 )
 from msmoe.cli.plan import print_plan
 from msmoe.cli.profile import warn_unused
+from msmoe.cli.push import push_option
 from msmoe.places import CHECKPOINT, check_place
 
 FISHER_RECORDS = 64  # for methods that need them, unless --fisher says otherwise
@@ -27,7 +29,7 @@ FISHER_RECORDS = 64  # for methods that need them, unless --fisher says otherwis
 
 @click.command("compress")
 @checkpoint_argument
-@click.option("--data", required=True, help="Calibration data: a JSON Lines file, or a datasets name.")
+@click.option("--data", required=True, help=f"Calibration data: {DATA_FORMATS}.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to write.")
 @click.option("--method", default="m-smoe-refit", show_default=True, help="A row of `msmoe methods`.")
 @add_options(PLAN_OPTIONS)
@@ -36,11 +38,13 @@ FISHER_RECORDS = 64  # for methods that need them, unless --fisher says otherwis
 @add_options(APPLY_OPTIONS)
 @click.option("--dry-run", is_flag=True, help="Profile, print the plan and its predicted size, write nothing.")
 @seed_option
+@push_option
 @json_option
 def command(
     checkpoint: Path, data: str, out: Path, method: str, samples: int, batch_size: int, token_sample: int,
-    gradients: bool, fisher: int, device: str, max_source_length: int, max_target_length: int, export: str, router: str,
-    max_shard_size: str, force: bool, resume: bool, dry_run: bool, seed: int, as_json: bool, **options,
+    gradients: bool, fisher: int, device: str, dtype: str, columns: dict[str, str] | None, max_source_length: int,
+    max_target_length: int, export: str, router: str, max_shard_size: str, force: bool, resume: bool, dry_run: bool,
+    seed: int, as_json: bool, **options,
 ) -> None:  # fmt: skip
     """Profile, plan and apply in one go. The plan stays in the output as plan.json.
 
@@ -64,7 +68,7 @@ def command(
     with progress("profiling") as update:
         stats = profile(
             checkpoint, data, samples=samples, batch_size=batch_size, token_sample=token_sample, seed=seed,
-            gradients=gradients or "weight gradients" in needed, device=device,
+            gradients=gradients or "weight gradients" in needed, device=device, dtype=dtype, columns=columns,
             fisher=fisher or (FISHER_RECORDS if "output gradients" in needed else 0),
             max_source_length=max_source_length, max_target_length=max_target_length, progress=update,
         )  # fmt: skip

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from msmoe.calibration.batches import batch_indices, collate
 from msmoe.calibration.profile import check_finite
-from msmoe.calibration.records import TokenRecord
+from msmoe.calibration.records import Source, TokenRecord
+from msmoe.calibration.tokenizer import special_tokens
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
 from msmoe.files import explain_os_errors
@@ -33,6 +34,7 @@ from msmoe.recover.folder import TrainingFolder
 from msmoe.recover.log import MetricsLog
 from msmoe.recover.loss import TeacherOutput, cross_entropy, distillation, hidden_distance
 from msmoe.recover.options import RecoverOptions
+from msmoe.recover.placing import accelerator
 from msmoe.recover.pruning import RowPruner, factorize_student, row_pruners, rows_kept
 from msmoe.recover.save import write_recovered
 from msmoe.recover.state import load_tensors, optimizer_tensors, restore, save_tensors
@@ -59,18 +61,16 @@ class Trainer:
         self,
         student: str | Path,
         out: str | Path,
-        data: str | Path,
+        data: Source,
         teacher: str | Path | None,
-        validation: str | Path | None,
+        validation: Source | None,
         options: RecoverOptions,
         *,
         cache_teacher: bool,
         force: bool,
     ):
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-
         self.options, self.out, self.force = options, Path(out), force
-        inputs = [source for source in (student, teacher, data, validation) if source is not None]
+        inputs = [source for source in (student, teacher, data, validation) if isinstance(source, str | Path)]
         check_place(self.out, CHECKPOINT, force=force, inputs=inputs)
         self.source = Checkpoint(student)
         self.teacher_source = None if teacher is None else Checkpoint(teacher)
@@ -82,7 +82,7 @@ class Trainer:
                 raise UserError("--cache-teacher keeps no hidden states: drop it, or --hidden-weight")
         self.family = family_of_student(self.source)
         self.train_records, self.held_out = load_split(self.source, data, validation, options)
-        self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+        self.accelerator = accelerator(options.device, options.dtype)
         if self.accelerator.distributed_type not in SUPPORTED:
             kind = self.accelerator.distributed_type.value
             raise UserError(f"recover runs in one process or in data-parallel ones, not on {kind}")
@@ -93,7 +93,7 @@ class Trainer:
         )
         self.steps = options.steps or max(1, round((options.epochs or 0) * self.order.steps_per_epoch))
         self.evaluate_every = options.evaluate_every or max(1, self.steps // 10)
-        self.pad_id = self.source.config.get("pad_token_id") or 0
+        self.pad_id = special_tokens(self.source.config, self.source.path / "config.json").pad_id
         self.training = TrainingFolder(self.out.with_name(f"{self.out.name}.training"))
         self.folder = self.training.path
         self.cache_teacher = cache_teacher
@@ -160,6 +160,7 @@ class Trainer:
             "cached": self.cache_teacher, "num_processes": self.accelerator.num_processes, "steps": self.steps,
         }  # fmt: skip
         content.pop("learning_rate")
+        content.pop("device")
         return json.dumps(content, sort_keys=True)
 
     def load_teacher(self, progress: Progress | None) -> "LiveTeacher | CachedTeacher | None":
