@@ -247,7 +247,7 @@ def load_needed_stats(
         return None
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
     stats.check_against(source)
-    if plan.stats.get("sha256") not in (None, stats.digest):
+    if not stats.is_named_by(plan.stats):
         raise UserError("these are not the statistics that the plan was made from (their digests differ)")
     return stats
 
