@@ -20,6 +20,7 @@ from msmoe.calibration.records import OTHER
 from msmoe.calibration.sample import TokenSample
 from msmoe.calibration.stored import DOMAINS, FORMAT, StoredLayer, read_statistics
 from msmoe.errors import UserError, warn
+from msmoe.tables import html_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -219,6 +220,10 @@ class LoadedLayer(LayerStats):
     def sample_arrays(self) -> dict[str, np.ndarray]:
         return self.stored.sample() if "stored" in self.__dict__ else super().sample_arrays()
 
+    @property
+    def has_output_gradients(self) -> bool:
+        return self.stored.has_gradient if "stored" in self.__dict__ else super().has_output_gradients
+
     def has(self, name: str) -> bool:
         return name in self.stored.arrays if "stored" in self.__dict__ else super().has(name)
 
@@ -243,6 +248,36 @@ class Stats:
     layers: Mapping[str, LayerStats]
     data: dict
     checkpoint: dict[str, str]
+
+    def __repr__(self) -> str:
+        head = "{:<30} {:>8} {:>10} {:>9} {:>9}".format
+        rows = [head(*map(str, row)) for row in self._rows()]
+        return "\n".join([f"Stats of {self._title}", head("layer", "experts", "tokens", "dropped", "largest"), *rows])
+
+    def _repr_html_(self) -> str:
+        """A short table for notebooks."""
+        columns = ("layer", "experts", "tokens", "dropped", "largest share")
+        return html_table(f"Stats of {self._title}", columns, self._rows())
+
+    @property
+    def _title(self) -> str:
+        data = self.data
+        source = str(data.get("source", "unnamed data"))
+        counts = f"{data.get('num_records', 0):,} records, {data.get('num_tokens', 0):,} tokens"
+        return f"{source}: {counts}, {len(self.layers)} MoE layers"
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """Of each layer: name, experts, routed tokens, share of dropped ones, largest share of an expert."""
+        return [
+            (
+                name,
+                str(layer.num_experts),
+                f"{layer.num_tokens:,}",
+                f"{layer.dropped / max(layer.num_tokens, 1):.1%}",
+                f"{layer.usage.max():.1%}",
+            )
+            for name, layer in self.layers.items()
+        ]
 
     def __add__(self, other: "Stats") -> "Stats":
         """Statistics of both data sets together; domains add up by name.

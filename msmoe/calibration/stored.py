@@ -66,6 +66,13 @@ class StoredLayer:
         self._check_sample(found)
         return found
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the sample has output gradients; its header tells."""
+        key = f"{self.name}/sample/{GRADIENT}"
+        with refused(self.file), safe_open(self.file, "np") as tensors:
+            return key in tensors.keys() and tensors.get_slice(key).get_shape()[-1] > 0  # noqa: SIM118 - no mapping
+
     def _check_sample(self, found: dict[str, np.ndarray]) -> None:
         where = f"{self.file}: {self.name}/sample"
         routed, num_sampled = self.arrays["dispatched"], len(found["key"])
