@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from msmoe.calibration.profile import profile
     from msmoe.calibration.stats import Stats
     from msmoe.compare.run import compare
+    from msmoe.convert import ConvertReport, convert
     from msmoe.evaluate.results import TaskResult, results_frame, save_results
     from msmoe.evaluate.run import evaluate
     from msmoe.factorize.run import FactorizeReport, factorize
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 PLACES = {  # name -> the module that has it, imported when the name is first used
     "METHODS": "msmoe.methods",
     "ApplyReport": "msmoe.apply",
+    "ConvertReport": "msmoe.convert",
     "FactorizeReport": "msmoe.factorize.run",
     "Forecast": "msmoe.forecast",
     "LayerError": "msmoe.layer_errors",
@@ -53,6 +55,7 @@ PLACES = {  # name -> the module that has it, imported when the name is first us
     "TaskResult": "msmoe.evaluate.results",
     "apply": "msmoe.apply",
     "compare": "msmoe.compare.run",
+    "convert": "msmoe.convert",
     "evaluate": "msmoe.evaluate.run",
     "factorize": "msmoe.factorize.run",
     "forecast": "msmoe.forecast",
@@ -98,6 +101,7 @@ register_when_needed()
 __all__ = [
     "METHODS",
     "ApplyReport",
+    "ConvertReport",
     "FactorizeReport",
     "Forecast",
     "LayerError",
@@ -110,6 +114,7 @@ __all__ = [
     "UserError",
     "apply",
     "compare",
+    "convert",
     "evaluate",
     "factorize",
     "forecast",

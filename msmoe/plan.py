@@ -150,7 +150,7 @@ class Plan:
         Raises:
             UserError: if it cannot be written.
         """
-        from msmoe.checkpoint import write_whole
+        from msmoe.files import write_whole
 
         write_whole(Path(path), self.to_json())
 

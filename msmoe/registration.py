@@ -16,18 +16,22 @@ def register_configuration() -> None:
     from transformers import AutoConfig
 
     from msmoe.modeling.configuration_msmoe import MsmoeSwitchConfig
+    from msmoe.modeling.dispatch import EarlierConfigOfFile, SwitchConfigOfFile
 
-    AutoConfig.register(MsmoeSwitchConfig.model_type, MsmoeSwitchConfig, exist_ok=True)
+    for config in (SwitchConfigOfFile, EarlierConfigOfFile):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
     MsmoeSwitchConfig.register_for_auto_class()  # `save_pretrained` then writes the code beside the weights
 
 
 def register() -> None:
-    """Register configuration and model class now; importing them costs seconds and 200 MB."""
-    from transformers import AutoModelForSeq2SeqLM
+    """Register configuration and model classes now; importing them costs seconds and 200 MB."""
+    from transformers import AutoModel, AutoModelForSeq2SeqLM
 
     from msmoe.modeling.configuration_msmoe import MsmoeSwitchConfig
-    from msmoe.modeling.modeling_msmoe import MsmoeSwitchForConditionalGeneration
+    from msmoe.modeling.modeling_msmoe import MsmoeSwitchForConditionalGeneration, MsmoeSwitchModel
 
     register_configuration()
     AutoModelForSeq2SeqLM.register(MsmoeSwitchConfig, MsmoeSwitchForConditionalGeneration, exist_ok=True)
+    AutoModel.register(MsmoeSwitchConfig, MsmoeSwitchModel, exist_ok=True)
     MsmoeSwitchForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
+    MsmoeSwitchModel.register_for_auto_class("AutoModel")

@@ -5,16 +5,18 @@ The readers of a value take it and `where` it stands, e.g. `plan.json: seed`, an
 
 import json
 import math
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from msmoe.errors import UserError
 
+MAX_BYTES = 256 * 2**20  # of a file
 MAX_SHOWN = 60  # characters of a wrong value
 
 
-def read_object(path: Path, kind: str) -> dict[str, Any]:
+def read_object(path: str | Path, kind: str = "a JSON file") -> dict[str, Any]:
     """The object of a JSON file.
 
     Args:
@@ -23,28 +25,53 @@ def read_object(path: Path, kind: str) -> dict[str, Any]:
     Raises:
         UserError: if it cannot be read, is no object, names a field twice, or holds NaN or Infinity.
     """
-    try:
-        content = json.loads(
-            path.read_text(encoding="utf-8"), object_pairs_hook=_distinct, parse_constant=_refuse_constant
-        )
-    except OSError as error:
-        raise UserError(f"{path} is not {kind}: {error.strerror or error}") from error
-    except UserError as error:
-        raise UserError(f"{path} is not {kind}: {error}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not {kind}: it is not readable JSON ({error})") from error
-    except RecursionError:
-        raise UserError(f"{path} is not {kind}: its JSON is nested too deeply") from None
+    path = Path(path)
+    content = parse(read_text(path, kind), f"{path} is not {kind}")
     if not isinstance(content, dict):
         raise UserError(f"{path} is not {kind}: it must hold a JSON object, got {shown(content)}")
     return content
+
+
+def read_text(path: Path, kind: str, *, max_bytes: int = MAX_BYTES) -> str:
+    """Text of a regular file of bounded size; a pipe or a device is never opened.
+
+    Raises:
+        UserError: if there is none, it is no regular file, too large, or not UTF-8.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path} is not {kind}: it is not a regular file")
+        if status.st_size > max_bytes:
+            raise UserError(f"{path} is not {kind}: it has {status.st_size:,} bytes")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not {kind}: it is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise UserError(f"{path} is not {kind}: {error.strerror or error}") from error
+
+
+def parse(text: str, complaint: str) -> Any:
+    """Parse JSON text strictly.
+
+    Args:
+        complaint: how the `UserError` for text that is no JSON begins, e.g. `plan.json is not a plan file`.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_distinct, parse_constant=_refuse_constant)
+    except UserError as error:
+        raise UserError(f"{complaint}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{complaint}: its JSON is nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{complaint}: it is not readable JSON ({error})") from error
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise UserError(f"it names {shown(twice)} twice in one object")
     return content
 

@@ -4,8 +4,6 @@ Shapes: E experts, D d_model, S sampled tokens.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -14,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError
 
 from msmoe.calibration.records import OTHER
 from msmoe.calibration.sample import TokenSample
 from msmoe.calibration.stored import DOMAINS, FORMAT, StoredLayer, read_statistics
 from msmoe.errors import UserError, warn
+from msmoe.places import STATISTICS
 from msmoe.tables import html_table
 
 if TYPE_CHECKING:
@@ -377,15 +375,26 @@ class Stats:
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write the statistics directory, complete or not at all.
 
+        Args:
+            force: replace an existing statistics directory.
+
         Raises:
-            UserError: if it exists and `force` is not given, or cannot be written.
+            UserError: if it exists and `force` is not given, is something else, or cannot be written.
         """
-        import torch
         from safetensors.torch import save_file
 
-        path = Path(path)
-        if path.exists() and not force:
-            raise UserError(f"{path} exists; use --force to replace it")
+        from msmoe.files import Output
+
+        with Output(path, STATISTICS, force=force) as output:
+            save_file(self._tensors(), output.content / "stats.safetensors")
+            text = json.dumps(self.describe(), indent=1) + "\n"
+            (output.content / "stats.json").write_text(text, encoding="utf-8")
+            output.commit()
+
+    def _tensors(self) -> "dict[str, Tensor]":
+        """What `stats.safetensors` holds."""
+        import torch
+
         tensors = {}
         for name, layer in self.layers.items():
             for key in (*STORED, *OPTIONAL):
@@ -398,18 +407,7 @@ class Stats:
                 tensors[f"{name}/sample/{key}"] = getattr(sample, key).contiguous()
             tensors[f"{name}/sample/weight"] = sample.weights(layer.dispatched)
             tensors[f"{name}/sample/held_out"] = sample.held_out
-        partial = path.with_name(f"{path.name}.partial")
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            save_file(tensors, partial / "stats.safetensors")
-            (partial / "stats.json").write_text(json.dumps(self.describe(), indent=1) + "\n", encoding="utf-8")
-            if path.exists():
-                shutil.rmtree(path)
-            os.rename(partial, path)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"cannot write {path}: {error}") from error
+        return tensors
 
     @classmethod
     def load(cls, path: str | Path) -> "Stats":

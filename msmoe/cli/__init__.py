@@ -8,6 +8,7 @@ from typing import Any
 
 COMMANDS = {  # in the order of the help, each with its line in it
     "inspect": "Show architecture, MoE layers, experts, parameters and bytes.",
+    "convert": "Write a checkpoint as safetensors: from pickled weights, or in shards of another size.",
     "profile": "Record how often the router activates each expert on calibration data, and all that planning needs.",
     "plan": "Decide which experts are kept and what becomes of the others.",
     "apply": "Carry out a plan: write the compressed checkpoint, a few experts in memory at a time.",

@@ -97,7 +97,7 @@ def show_warning(message, category, filename, lineno, file=None, line=None) -> N
 
 
 def print_json(content: object) -> None:
-    click.echo(json.dumps(content, indent=1))
+    click.echo(json.dumps(content, indent=1, allow_nan=False))
 
 
 def table(*columns: str, title: str | None = None) -> "Table":
