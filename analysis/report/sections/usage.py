@@ -139,7 +139,9 @@ def kept_counts(stats: Stats) -> dict[str, list[int]]:
     from msmoe.grouping import group_counts
 
     family = FAMILIES.get(stats.checkpoint.get("model_type", ""))
-    layers = tuple(MoELayer(name, n.num_experts, n.input_sum.shape[1], 0, "") for name, n in stats.layers.items())
+    layers = tuple(
+        MoELayer(name, n.num_experts, n.array("input_sum").shape[1], 0, "") for name, n in stats.layers.items()
+    )
     left = family.default_kept_layers(layers) if family else ()
     usage = {name: layer.usage for name, layer in stats.layers.items() if name not in left}
     full = {layer.name: layer.num_experts for layer in layers}
