@@ -38,7 +38,10 @@ from msmoe.provenance import capacity_drop_rates, write_metadata
 from msmoe.prune.scores import mean_output
 from msmoe.router import RouterFit, reduce_router
 from msmoe.sequential import merge_sequentially
+from msmoe.tables import html_table
 from msmoe.verify import check_written
+
+REPORT_COLUMNS = ("layer", "merged groups", "dropped", "dropped now")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,25 @@ class ApplyReport:
     num_bytes: int
     routing_costs: dict[str, tuple[float, float]] = field(default_factory=dict)
     factors: FactorizeReport | None = None
+
+    def __repr__(self) -> str:
+        row = "{:<30} {:>13} {:>8} {:>11}".format
+        return "\n".join([f"ApplyReport: {self._title}", *(row(*cells) for cells in (REPORT_COLUMNS, *self._rows()))])
+
+    def _repr_html_(self) -> str:
+        """A short table for notebooks."""
+        return html_table(self._title, REPORT_COLUMNS, self._rows())
+
+    @property
+    def _title(self) -> str:
+        return f"{self.out}: {self.num_parameters:,} parameters, {self.num_bytes:,} bytes"
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """Of each layer: name, merged groups, share of dropped tokens before and after."""
+        count = Counter(group["layer"] for group in self.groups)
+        drops = {name: [f"{rate:.2%}" for rate in rates] for name, rates in self.drop_rates.items()}
+        names = dict.fromkeys([*count, *self.routers, *drops])
+        return [(name, str(count[name]), *drops.get(name, ("-", "-"))) for name in names]
 
 
 def apply(
@@ -249,7 +271,7 @@ def load_needed_stats(
         return None
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
     stats.check_against(source)
-    if plan.stats.get("sha256") not in (None, stats.digest):
+    if not stats.is_named_by(plan.stats):
         raise UserError("these are not the statistics that the plan was made from (their digests differ)")
     return stats
 

@@ -142,14 +142,14 @@ def usage_table(stats) -> "Table":
     result = table("layer", "tokens", "dropped", "largest", "entropy", "unused", title="Expert usage (routed tokens)")
     result.add_column("usage of experts 0, 1, ...", justify="left", no_wrap=True)
     for name, layer in stats.layers.items():
-        usage = layer.usage_frequency.numpy()
+        usage = layer.usage
         result.add_row(
             Text(name),
             f"{layer.num_tokens:,}",
             f"{layer.dropped / max(layer.num_tokens, 1):.1%}",
             f"{usage.max():.1%}",
             f"{entropy(usage):.2f}",
-            str(int((layer.routed == 0).sum())),
+            str(int((layer.array("routed") == 0).sum())),
             Text(sparkline(usage)),
         )
     return result

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from msmoe.errors import UserError
+from msmoe.units import parse_bytes
 
 AT_LEAST_ONE = click.IntRange(min=1)
 
@@ -116,7 +117,15 @@ PROFILE_OPTIONS = (
     ),
 )
 PLAN_OPTIONS = (
-    click.option("--experts", type=float, help="Experts kept per layer, on average; default 8."),
+    click.option(
+        "--experts", metavar="N|SHARE", help="Experts kept per layer, on average: 4, or 25% of them; default 8."
+    ),
+    click.option(
+        "--target-size",
+        metavar="SIZE|SHARE",
+        help="In place of --experts: bytes of all weights written, such as 500MB, or 50% of the input's. Keeps the "
+        "most experts that fit; methods that factorise get the largest rank that fits.",
+    ),
     click.option(
         "--budget",
         help="adaptive: layers whose usage is spread keep more (default); uniform: the same in every layer, which "
@@ -227,8 +236,8 @@ FACTOR_NAMES = ("rank", "keep_rows", "energy", "target_bytes", "target_ratio", "
 def choices_of(arguments: dict) -> dict:
     """The plan options among a command's arguments, ready for `msmoe.plan`."""
     names = (
-        "experts", "budget", "saliency", "others", "selection", "similarity", "metric", "grouping", "group_capacity",
-        "weighting", "rule", "align", "align_to", "canonical", "refit", "routing", *FACTOR_NAMES,
+        "experts", "target_size", "budget", "saliency", "others", "selection", "similarity", "metric", "grouping",
+        "group_capacity", "weighting", "rule", "align", "align_to", "canonical", "refit", "routing", *FACTOR_NAMES,
     )  # fmt: skip
     return {name: arguments[name] for name in names} | {"keep_layers": list(arguments["keep_layers"]) or None}
 
@@ -243,14 +252,5 @@ def check_output(path: Path, *, force: bool) -> None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `200MB`, `1000`."""
-    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1, "": 1}
-    number = text.strip().rstrip("BGKMbgkm")
-    unit = text.strip()[len(number) :].upper()
-    try:
-        size = int(float(number) * units[unit])
-    except (ValueError, KeyError, OverflowError):
-        size = 0
-    if size > 0:
-        return size
-    raise UserError(f"--max-shard-size must look like 5GB or 200MB, got {text!r}")
+    """Bytes of a largest weight file: `5GB`, `200MB`, `1000`."""
+    return parse_bytes(text, "--max-shard-size")
