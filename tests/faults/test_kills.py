@@ -5,7 +5,7 @@ from commands import Inputs, commands, compressing
 from killing import kills
 
 NAMES = ("plan", "profile", "apply", "mc-smoe", "factorize")
-EACH = 3  # kills
+EACH = 2  # kills
 
 
 @pytest.fixture(scope="module")
