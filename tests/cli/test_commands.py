@@ -363,8 +363,9 @@ def test_nan_in_a_merged_expert_is_named_while_applying(work, msmoe):
     assert snapshot(work) == before
 
 
-def test_force_replaces_an_occupied_output(work, msmoe):
+def test_force_replaces_an_earlier_output(work, msmoe):
     occupy(work)
+    Path("new/msmoe.json").touch()
     assert msmoe(*APPLY.split(), "--force")[0] == 0
     assert not Path("new/precious").exists()
     assert load(work / "new").config.num_experts == 6
