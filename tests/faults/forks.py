@@ -1,0 +1,140 @@
+"""Functions run in forks of a warm process: under limits of time, memory and file size, their output kept."""
+
+import os
+import resource
+import select
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MEMORY = 2 * 2**30  # bytes that a trial may ask for beyond what the warm process has
+SECONDS = 60.0
+
+
+@dataclass
+class Limits:
+    """What surrounds a trial.
+
+    Attributes:
+        memory: bytes beyond those of the warm process; seconds: of wall clock.
+        file_size: largest file in bytes, as a quota would have it.
+        stdout: where standard output goes: a file beside the trial, `full` (a full device) or `closed`.
+        signal, delay: sent after so many seconds.
+    """
+
+    memory: int = MEMORY
+    seconds: float = SECONDS
+    file_size: int | None = None
+    stdout: str = "file"
+    signal: int | None = None
+    delay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a fork ended: exit code (negative for a signal), texts, seconds, peak resident bytes."""
+
+    code: int
+    stdout: str
+    stderr: str
+    timed_out: bool
+    peak: int = field(default=0)
+
+
+def run_forked(work: Callable[[], object], folder: Path, scratch: Path, limits: Limits | None = None) -> Outcome:
+    """Run `work` in a fork whose working directory is `folder`; its texts go to files in `scratch`."""
+    limits = limits or Limits()
+    scratch.mkdir(parents=True, exist_ok=True)
+    texts = scratch / "stdout", scratch / "stderr"
+    for text in texts:
+        text.write_bytes(b"")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        child(work, folder, scratch, texts, limits)
+    status, usage, timed_out = wait(pid, limits)
+    out, err = (text.read_bytes().decode("utf-8", "backslashreplace") for text in texts)
+    return Outcome(os.waitstatus_to_exitcode(status), out, err, timed_out, usage.ru_maxrss * 1024)
+
+
+def child(work: Callable, folder: Path, scratch: Path, texts: tuple[Path, Path], limits: Limits) -> None:
+    """Never returns."""
+    code = 70
+    try:
+        os.setsid()
+        redirect(texts, limits)
+        os.chdir(folder)
+        os.environ["TMPDIR"] = str(scratch)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        set_limits(limits)
+        code = exit_code(work)
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        try:
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+
+
+def exit_code(work: Callable) -> int:
+    """Exit code of a function that may end in `sys.exit`, as the interpreter would have it."""
+    try:
+        work()
+    except SystemExit as done:
+        if isinstance(done.code, str):
+            print(done.code, file=sys.stderr)
+            return 1
+        return done.code or 0
+    return 0
+
+
+def redirect(texts: tuple[Path, Path], limits: Limits) -> None:
+    targets = {"file": str(texts[0]), "full": "/dev/full", "closed": str(texts[0])}
+    for number, path in ((0, "/dev/null"), (1, targets[limits.stdout]), (2, str(texts[1]))):
+        opened = os.open(path, os.O_RDWR)
+        os.dup2(opened, number)
+        os.close(opened)
+    if limits.stdout == "closed":
+        os.close(1)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - the process ends with it
+    sys.stdout = None if limits.stdout == "closed" else open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False, errors="backslashreplace", buffering=1)  # noqa: SIM115
+    sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
+
+
+def set_limits(limits: Limits) -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[5])
+    most = pages * resource.getpagesize() + limits.memory
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))  # not RLIMIT_AS: a browser engine reserves more than it uses
+    if limits.file_size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_size, limits.file_size))
+
+
+def wait(pid: int, limits: Limits) -> tuple[int, resource.struct_rusage, bool]:
+    """Wait for a fork, send its signal at its time, kill its process group when its time is over."""
+    handle = os.pidfd_open(pid)
+    poller = select.poll()
+    poller.register(handle, select.POLLIN)
+    try:
+        left = limits.seconds
+        if limits.signal is not None:
+            left -= limits.delay
+            if not poller.poll(limits.delay * 1000):
+                os.kill(pid, limits.signal)
+        timed_out = not poller.poll(left * 1000)
+    finally:
+        os.close(handle)
+    if timed_out:
+        os.kill(pid, signal.SIGKILL)
+    _, status, usage = os.wait4(pid, 0)
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)  # what it left running
+    return status, usage, timed_out
