@@ -31,6 +31,8 @@ from weight_damages import write_parts
 
 READERS = ("inspect", "evaluate", "factorize", "recover", "report")
 LOADS = frozenset({"evaluate", "recover", "factorize"})
+COMPUTES = frozenset({"plan", "plan outputs", "apply", "factorize"})  # commands that read the token sample
+KNOWS_LAYERS = frozenset({"apply", "report page"})  # readers of a plan that have its checkpoint
 STATS, PLAN, EXACT, NATIVE, FACTORS, RESULTS, COMPARISON = (Table() for _ in range(7))
 KINDS = {"I64": "<i8", "I32": "<i4", "F64": "<f8", "F32": "<f4", "BOOL": "?"}
 INEXACT = {"NaN": float("nan"), "infinity": float("inf"), "minus infinity": -float("inf")}
@@ -147,6 +149,11 @@ def layer_twice(trial: Trial) -> None:
     rewrite(stats_file(trial), text.replace('"layers": {', f'"layers": {{"{name}": {{}}, ', 1))
 
 
+def readers_of(part: str) -> frozenset[str] | None:
+    """Commands that must see what is wrong with an array of the statistics; None for all."""
+    return COMPUTES if part.startswith("sample/") else None
+
+
 def array_edit(part: str, change: Callable[[np.ndarray, Random], np.ndarray | None]) -> Callable[[Trial], None]:
     """Damage to one array of the statistics, or of a checkpoint; None takes it out."""
 
@@ -182,10 +189,10 @@ SUMS = ("router_logits_gram", "input_sum", "input_square_sum", "input_abs_sum", 
         "output_square_sum", "gated_norm_sum", "soft_mass", "sample/inputs", "sample/gate")  # fmt: skip
 for part in (*SUMS, "sequence_counts", "sample/expert", "sample/key", "sample/record", "sample/position"):
     for label, change in SHAPES.items():
-        STATS.row(f"{part} {label}", array_edit(part, change))
+        STATS.row(f"{part} {label}", array_edit(part, change), by=readers_of(part))
 for part in SUMS:
     for label, value in INEXACT.items():
-        STATS.row(f"{label} in {part}", array_edit(part, put(value)))
+        STATS.row(f"{label} in {part}", array_edit(part, put(value)), by=readers_of(part))
 for part in (
     "input_square_sum",
     "input_abs_sum",
@@ -197,11 +204,11 @@ for part in (
     STATS.row(f"negative {part}", array_edit(part, put(-5)))
 for part, value in (("sample/expert", -1), ("sample/expert", 4), ("sample/expert", 2**40), ("sequence_counts", -1),
                     ("sample/gate", 7.0), ("sample/gate", -0.5)):  # fmt: skip
-    STATS.row(f"{value} in {part}", array_edit(part, put(value)))
+    STATS.row(f"{value} in {part}", array_edit(part, put(value)), by=readers_of(part))
 for part in ("sample/inputs", "sample/gate", "router_logits_gram", "sample/record", "sample/position", "sample/key"):
     STATS.row(f"another value in {part}", array_edit(part, put(1)), by=frozenset({"apply"}))
 STATS.row("counts in floats", array_edit("sequence_counts", lambda a, r: a.astype("<f4")))
-STATS.row("experts in floats", array_edit("sample/expert", lambda a, r: a.astype("<f8")))
+STATS.row("experts in floats", array_edit("sample/expert", lambda a, r: a.astype("<f8")), by=COMPUTES)
 STATS.row("sums in integers", array_edit("input_sum", lambda a, r: a.astype("<i8")))
 STATS.row("a gram in float32", array_edit("router_logits_gram", lambda a, r: a.astype("<f4")), Expect.EITHER)
 STATS.row(
@@ -342,7 +349,7 @@ def key_twice(trial: Trial) -> None:
     rewrite(plan_file(trial), text.replace(key, f"{key}0, {key}", 1))
 
 
-@PLAN.add("a layer of another model")
+@PLAN.add("a layer of another model", by=KNOWS_LAYERS)
 def other_layer(trial: Trial) -> None:
     content = load(plan_file(trial))
     content["layers"]["encoder.block.7.layer.1.mlp"] = next(iter(content["layers"].values()))
@@ -351,7 +358,7 @@ def other_layer(trial: Trial) -> None:
 
 for name in ("../../x", "a/b", "", "\x1b[31m", "a\nb", "shared", "encoder.block.1.layer.1.mlp.experts"):
 
-    @PLAN.add(f"a layer named {name!r}")
+    @PLAN.add(f"a layer named {name!r}", by=KNOWS_LAYERS)
     def named(trial: Trial, name=name) -> None:
         content = load(plan_file(trial))
         content["layers"][name] = next(iter(content["layers"].values()))

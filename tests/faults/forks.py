@@ -5,6 +5,7 @@ import resource
 import select
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +14,7 @@ from pathlib import Path
 
 MEMORY = 2 * 2**30  # bytes that a trial may ask for beyond what the warm process has
 SECONDS = 60.0
+IDLE = 15.0
 
 
 @dataclass
@@ -118,6 +120,26 @@ def set_limits(limits: Limits) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_size, limits.file_size))
 
 
+def finishes(pid: int, poller: select.poll, seconds: float) -> bool:
+    """Wait for the end of a process; one that has done nothing for `IDLE` seconds waits for ever."""
+    end, used, active = time.monotonic() + seconds, 0.0, time.monotonic()
+    while time.monotonic() < end:
+        if poller.poll(1000):
+            return True
+        now = cpu_seconds(pid)
+        if now > used:
+            used, active = now, time.monotonic()
+        elif time.monotonic() - active > IDLE:
+            return False
+    return False
+
+
+def cpu_seconds(pid: int) -> float:
+    """Time that the threads of a process have used so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def wait(pid: int, limits: Limits) -> tuple[int, resource.struct_rusage, bool]:
     """Wait for a fork, send its signal at its time, kill its process group when its time is over."""
     handle = os.pidfd_open(pid)
@@ -129,7 +151,7 @@ def wait(pid: int, limits: Limits) -> tuple[int, resource.struct_rusage, bool]:
             left -= limits.delay
             if not poller.poll(limits.delay * 1000):
                 os.kill(pid, limits.signal)
-        timed_out = not poller.poll(left * 1000)
+        timed_out = not finishes(pid, poller, left)
     finally:
         os.close(handle)
     if timed_out:

@@ -16,7 +16,7 @@ from kinds import KINDS, Command
 from world import adopt
 
 LONGEST = 2000  # characters of a line that a person may still read
-VOLATILE = re.compile(r"seconds|peak_memory|path|source|created|checkpoint|sha256|version|calibration")
+VOLATILE = re.compile(r"seconds|peak_memory|path|source|created|checkpoint|sha256|version|calibration|^task$")
 WARNING_TEXT = re.compile(r"\.py:\d+: \w*Warning")
 OUT_OF_MEMORY = re.compile(r"memory|alloc", re.IGNORECASE)
 TOLERANCE = 2e-2  # of the loss, between two forms of the same values
@@ -109,7 +109,8 @@ class Judge:
             run_forked(partial(adopt, trial.path, folder), folder, quiet, Limits(seconds=20))
         before = snapshot(folder)
         outcome = run_forked(partial(call_cli, trial.argv), folder, self.scratch / "texts", trial.limits)
-        wrong = whatever_happened(trial, outcome) or left_behind(trial, outcome, before)
+        outputs = outputs_of(trial, case.command, before)
+        wrong = whatever_happened(trial, outcome) or left_behind(trial, outcome, before, outputs)
         if not wrong and outcome.code == 0:
             wrong = not_sound(folder, outcome) or self.not_loadable(case, folder)
         return trial, outcome, wrong
@@ -197,7 +198,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 def whatever_happened(trial: Trial, outcome: Outcome) -> str:
     """What no command may do, however its input is damaged."""
     if outcome.timed_out:
-        return f"hangs: not done after {trial.limits.seconds:g} s"
+        return f"hangs, or takes more than {trial.limits.seconds:g} s"
     if "Traceback (most recent call last)" in outcome.stderr + outcome.stdout:
         return f"traceback, exit {outcome.code}: {last_line(outcome)}"
     allowed = {0, 2}
@@ -224,21 +225,30 @@ def not_one_line(outcome: Outcome) -> str:
     return ""
 
 
-def left_behind(trial: Trial, outcome: Outcome, before: dict[str, str]) -> str:
+def outputs_of(trial: Trial, command: Command, before: dict[str, str]) -> set[str]:
+    """Names that the trial may write: the command's own, and new ones that its command line asks for."""
+    named = {trial.argv[i + 1] for i, word in enumerate(trial.argv[:-1]) if word in ("--out", "--figures")}
+    new = {name for name in named if name not in before}
+    return {"out", "out.json", "out.html"} | {command.output} | new
+
+
+def left_behind(trial: Trial, outcome: Outcome, before: dict[str, str], outputs: set[str]) -> str:
     """Changed input, and files that nobody asked for."""
     after = snapshot(trial.root)
-    changed = [name for name, digest in before.items() if after.get(name) != digest and not is_output(name)]
+    changed = [n for n, digest in before.items() if after.get(n) != digest and n.split("/")[0] not in outputs]
     if changed:
         return f"changed its input: {', '.join(changed[:3])}"
-    new = sorted({name.split("/")[0] if "/" in name else name for name in after if name not in before})
-    resumable = trial.limits.signal is not None and outcome.code
-    extra = [name for name in new if not (is_output(name) and (outcome.code == 0 or resumable))]
+    new = sorted(
+        {name if name.split("/")[0] in after.keys() & before else name.split("/")[0] for name in after} - {*before}
+    )
+    if outcome.code == 0 or any((trial.root / "out" / "cells").glob("*.json")):  # a comparison goes on with --resume
+        outputs = outputs | {f"{name}.training" for name in outputs}
+    elif trial.limits.signal is not None:
+        return ""  # what a run leaves to be resumed is for the tests of interruption
+    else:
+        outputs = {command for command in outputs if command in before}
+    extra = [name for name in new if name.split("/")[0] not in outputs]
     return f"left {', '.join(extra[:4])} behind after exit {outcome.code}" if extra else ""
-
-
-def is_output(name: str) -> bool:
-    top = name.split("/")[0]
-    return top in ("out", "out.json", "out.html", "out.training") or top.startswith(".out")
 
 
 def refuse_constant(name: str) -> None:
@@ -247,7 +257,7 @@ def refuse_constant(name: str) -> None:
 
 def not_sound(folder: Path, outcome: Outcome) -> str:
     """JSON that is none, in files or on standard output."""
-    files = [f for f in sorted(folder.rglob("*.json")) if is_output(str(f.relative_to(folder))) and f.is_file()]
+    files = [f for f in (*sorted(folder.glob("out*.json")), *sorted(folder.glob("out*/**/*.json"))) if f.is_file()]
     texts = {str(f.relative_to(folder)): f.read_text(encoding="utf-8", errors="replace") for f in files}
     if outcome.stdout.startswith("{"):
         texts["standard output"] = outcome.stdout

@@ -124,7 +124,7 @@ def on_comparison() -> tuple[Command, ...]:
     return (
         Command("report", "cmp", ("report", "cmp", "--terminal"), ("cmp",), "text"),
         Command("report file", "cmp", ("report", "cmp/results.json", "--out", "out.html"), ("cmp",), "page"),
-        Command("resume", "cmp", (*again, "--out", "cmp"), reads, "text"),
+        Command("resume", "cmp", (*again, "--out", "cmp"), reads, "text", "cmp"),
     )
 
 

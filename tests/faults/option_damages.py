@@ -168,10 +168,10 @@ for turn in range(12):
 
     def interrupt(trial: Trial) -> None:
         trial.limits.signal = trial.rng.choice([signal.SIGINT, signal.SIGTERM])
-        trial.limits.delay = trial.rng.random() ** 2
+        trial.limits.delay = 0.05 + trial.rng.random() ** 2
 
     SURROUNDINGS.row(f"a signal {turn}", interrupt, Expect.EITHER)
-SURROUNDINGS.row("an input linked", lambda t: linked_input(t), Expect.SAME)
+SURROUNDINGS.row("an input linked", lambda t: linked_input(t), Expect.SAME, WRITERS)
 
 
 def linked_input(trial: Trial) -> None:

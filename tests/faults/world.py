@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 SPECIAL = ["<pad>", "</s>", "<unk>", *[f"<extra_id_{i}>" for i in range(6)]]
 WORDS = [f"w{i}" for i in range(64 - len(SPECIAL))]
 SHAPE = {"num_decoder_layers": 2, "num_sparse_decoder_layers": 1, "num_experts": 4}
-SMALL = ("--samples", "12", "--batch-size", "4", "--token-sample", "64")
+SMALL = ("--samples", "16", "--batch-size", "4", "--token-sample", "64")
 
 
 def build(world: Path) -> None:
