@@ -3,19 +3,17 @@
 import json
 from pathlib import Path
 
-from damage import GONE, LFS, Expect, Table, Trial, as_folder, as_pipe, dump, load, remove, rewrite, text_damages
+from damage import GONE, LFS, ODD, Expect, Table, Trial, as_folder, as_pipe, dump, load, remove, rewrite, text_damages
 from world import save_tokenizer
 
 RUNS = frozenset({"evaluate", "profile", "recover", "teacher", "compress"})  # commands that run the model
+WRITES = frozenset({"apply", "factorize", "recover", "teacher", "compress"})  # commands that write a checkpoint
+READS = RUNS | WRITES
 SIZES = (
     "d_ff", "d_model", "d_kv", "num_heads", "num_layers", "num_decoder_layers", "vocab_size", "num_experts",
     "relative_attention_num_buckets",
 )  # fmt: skip
 IDS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
-ODD = {
-    "zero": 0, "negative": -1, "null": None, "a string": "x", "a fraction": 2.5, "true": True, "a list": [3],
-    "an object": {}, "huge": 10**9, "beyond 64 bits": 2**70, "NaN": float("nan"), "infinite": float("inf"),
-}  # fmt: skip
 EVIL = "open('pwned', 'w').close()\nclass Evil:\n    pass\n"
 
 CONFIG = Table()

@@ -13,6 +13,10 @@ from forks import Limits
 DEEP = "[" * 100_000 + "]" * 100_000
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a21" * 10 + b"beef\nsize 990345061\n"
 GONE = object()  # in place of a value: take the field out
+ODD = {
+    "zero": 0, "negative": -1, "null": None, "a string": "x", "a fraction": 2.5, "true": True, "a list": [3],
+    "an object": {}, "huge": 10**9, "beyond 64 bits": 2**70, "NaN": float("nan"), "infinite": float("inf"),
+}  # fmt: skip
 
 
 class Expect(Enum):
@@ -168,18 +172,42 @@ def as_link(file: Path, target: str | Path) -> None:
     file.symlink_to(target)
 
 
-def read_tensors(file: Path) -> tuple[dict, bytes]:
-    """Header and body of a safetensors file."""
-    content = file.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    return json.loads(content[8 : 8 + length]), content[8 + length :]
+def any_place(trial: Trial, file: Path, prefix: str = "") -> None:
+    """Put an odd value at any place of a JSON file."""
+    content = load(file)
+    found = [p for p in places(content) if not prefix or p[0] == prefix]
+    value = trial.rng.choice([*ODD.values(), GONE, "\ud800", "\x1b[31m\n", [None], -0.0])
+    set_at(content, trial.rng.choice(found), value)
+    rewrite(file, dump(content))
 
 
-def write_tensors(file: Path, header: dict | str, body: bytes, length: int | None = None) -> None:
-    """Put header and body together again, with any length in front."""
-    text = (header if isinstance(header, str) else json.dumps(header)).encode()
-    rewrite(file, (len(text) if length is None else length).to_bytes(8, "little") + text + body)
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
 
 
-def tensor_names(header: dict) -> list[str]:
-    return [name for name in header if name != "__metadata__"]
+def layers_of(content: dict) -> list[str]:
+    return list(content["layers"])
+
+
+def layer_edit(file: Callable[[Trial], Path], key: str, change: Callable[[object, Random], object]) -> Callable:
+    """Damage to one field of one layer of statistics or a plan."""
+
+    def do(trial: Trial) -> None:
+        content = load(file(trial))
+        layer = content["layers"][trial.rng.choice(layers_of(content))]
+        value = change(layer[key], trial.rng)
+        set_at(layer, (key,), value)
+        rewrite(file(trial), dump(content))
+
+    return do
+
+
+def one_value(value: object) -> Callable[[list, Random], list]:
+    def change(values: list, rng: Random) -> list:
+        place = rng.randrange(len(values))
+        return [value if i == place else v for i, v in enumerate(values)]
+
+    return change

@@ -3,11 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import artefact_damages
 import checkpoint_damages
+import compressed_damages
 import data_damages
 import option_damages
-import weight_damages
+import pickle_damages
+import plan_damages
+import results_damages
+import safetensors_damages
+import shard_damages
+import stats_damages
+import tensor_damages
 from damage import Damage
 from world import SMALL
 
@@ -149,18 +155,21 @@ KINDS = {
             for c in (*on_data("pairs.jsonl", "profile", "evaluate", "recover"), *on_data("text.jsonl", "profile"))
         ),
     ),
-    "weights": Kind(weight_damages.WEIGHTS, on_checkpoint("ck"), adopts=True),
-    "shards": Kind(weight_damages.SHARDS, on_checkpoint("sharded"), adopts=True),
-    "pickle": Kind(weight_damages.PICKLE, on_checkpoint("bin"), adopts=True),
+    "weights": Kind(safetensors_damages.WEIGHTS, on_checkpoint("ck"), adopts=True),
+    "tensors": Kind(tensor_damages.TENSORS, on_checkpoint("ck"), adopts=True),
+    "shards": Kind(shard_damages.SHARDS, on_checkpoint("sharded"), adopts=True),
+    "pickle": Kind(pickle_damages.PICKLE, on_checkpoint("bin"), adopts=True),
     "data": Kind(data_damages.TOKENS, on_data("tokens.jsonl")),
     "text": Kind(data_damages.PAIRS, on_data("pairs.jsonl")),
-    "stats": Kind(artefact_damages.STATS, on_stats()),
-    "plan": Kind(artefact_damages.PLAN, on_plan()),
-    "exact": Kind(artefact_damages.EXACT, on_checkpoint("exact", *artefact_damages.READERS)),
-    "native": Kind(artefact_damages.NATIVE, on_checkpoint("native", *artefact_damages.READERS)),
-    "factors": Kind(artefact_damages.FACTORS, on_checkpoint("factorized", "inspect", "evaluate", "recover", "report")),
-    "results": Kind(artefact_damages.RESULTS, on_results()),
-    "comparison": Kind(artefact_damages.COMPARISON, on_comparison()),
+    "stats": Kind(stats_damages.STATS, on_stats()),
+    "plan": Kind(plan_damages.PLAN, on_plan()),
+    "exact": Kind(compressed_damages.EXACT, on_checkpoint("exact", *compressed_damages.READERS)),
+    "native": Kind(compressed_damages.NATIVE, on_checkpoint("native", *compressed_damages.READERS)),
+    "factors": Kind(
+        compressed_damages.FACTORS, on_checkpoint("factorized", "inspect", "evaluate", "recover", "report")
+    ),
+    "results": Kind(results_damages.RESULTS, on_results()),
+    "comparison": Kind(results_damages.COMPARISON, on_comparison()),
     "options": Kind(option_damages.OPTIONS, on_anything()),
     "surroundings": Kind(option_damages.SURROUNDINGS, on_anything()),
 }
