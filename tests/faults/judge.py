@@ -11,14 +11,14 @@ from pathlib import Path
 from random import Random
 
 from damage import Damage, Expect, Trial
-from forks import Limits, Outcome, run_forked
+from forks import MEMORY, Limits, Outcome, run_forked
 from kinds import KINDS, Command
 from world import adopt
 
 LONGEST = 2000  # characters of a line that a person may still read
 VOLATILE = re.compile(r"seconds|peak_memory|path|source|created|checkpoint|sha256|version|calibration|^task$")
 WARNING_TEXT = re.compile(r"\.py:\d+: \w*Warning")
-OUT_OF_MEMORY = re.compile(r"memory|alloc", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|MemoryError|allocat", re.IGNORECASE)
 TOLERANCE = 2e-2  # of the loss, between two forms of the same values
 SIGNALLED = {2: 130, 15: 143}
 
@@ -201,6 +201,8 @@ def whatever_happened(trial: Trial, outcome: Outcome) -> str:
         return f"hangs, or takes more than {trial.limits.seconds:g} s"
     if "Traceback (most recent call last)" in outcome.stderr + outcome.stdout:
         return f"traceback, exit {outcome.code}: {last_line(outcome)}"
+    if trial.limits.memory == MEMORY and (outcome.peak > 2 * MEMORY or OUT_OF_MEMORY.search(outcome.stderr)):
+        return f"asks for more than {MEMORY / 2**30:g} GB: {last_line(outcome)}"
     allowed = {0, 2}
     if trial.limits.signal is not None:
         allowed = {0, SIGNALLED[trial.limits.signal]}
