@@ -4,7 +4,6 @@ python -m msmoe.analysis.compare results.json --out DIR
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,10 @@ from msmoe.analysis.comparison_plots import FIGURES, write_figures
 from msmoe.analysis.comparison_tables import comparison_csv, latex, latex_document, markdown
 from msmoe.analysis.cost_tables import cost_csv, cost_markdown
 
-from msmoe.checkpoint import write_whole
+from msmoe.compare.reading import load_comparison
 from msmoe.compare.scoring import summarise
 from msmoe.errors import UserError
+from msmoe.files import write_into
 
 TABLES = "comparison_tables"
 
@@ -45,39 +45,19 @@ def write_all(results: dict, out: Path, *, force: bool = False) -> list[Path]:
         f"{TABLES}.tex",
         *[f"{name}.{ending}" for name in FIGURES for ending in ("png", "svg")],
     ]
-    existing = [out / name for name in targets if (out / name).exists()]
-    if existing and not force:
-        raise UserError(f"{existing[0]} exists; use --force to replace it")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        figures = write_figures(summary, out)
-    except OSError as error:
-        raise UserError(f"cannot write into {out}: {error.strerror}") from error
-    shown = [path.name for path in figures if path.suffix == ".png"]
-    texts = {
-        "comparison.md": markdown(summary, figures=shown) + cost_markdown(costs),
-        "comparison.csv": comparison_csv(summary),
-        "comparison.tex": latex_document(TABLES),
-        f"{TABLES}.tex": latex(summary),
-        **({"comparison_cost.csv": cost_csv(costs)} if costs else {}),
-    }
-    for name, text in texts.items():
-        write_whole(out / name, text)
-    return [*[out / name for name in texts], *figures]
-
-
-def load_results(path: Path) -> dict:
-    """Content of results.json.
-
-    Raises:
-        UserError: if it cannot be read or is no JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from error
+    with write_into(out, targets, force=force) as folder:
+        figures = write_figures(summary, folder)
+        shown = [path.name for path in figures if path.suffix == ".png"]
+        texts = {
+            "comparison.md": markdown(summary, figures=shown) + cost_markdown(costs),
+            "comparison.csv": comparison_csv(summary),
+            "comparison.tex": latex_document(TABLES),
+            f"{TABLES}.tex": latex(summary),
+            **({"comparison_cost.csv": cost_csv(costs)} if costs else {}),
+        }
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    return [out / name for name in [*texts, *(figure.name for figure in figures)]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="replace the files of an earlier report")
     chosen = parser.parse_args(arguments)
     try:
-        written = write_all(load_results(chosen.results), chosen.out, force=chosen.force)
+        written = write_all(load_comparison(chosen.results), chosen.out, force=chosen.force)
     except UserError as error:
         print(f"msmoe.analysis.compare: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

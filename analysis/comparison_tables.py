@@ -17,7 +17,7 @@ LATEX_SYNTAX = {  # a star or bracket that begins a row would be an argument of 
 }  # fmt: skip
 FIELDS: tuple[str, ...] = (
     "method", "kind", "experts", "average_kept", "bytes", "recover_steps", "task", "metric", "value", "low", "high",
-    "num_examples", "num_seeds", "p_full", "p_best", "rank",
+    "num_examples", "num_seeds", "p_full", "p_best", "rank", "speaks_of",
 )  # fmt: skip
 MEAN = "(mean)"
 LAST_T1 = 0x180  # Latin Extended-A ends here
@@ -138,6 +138,7 @@ def csv_lines(summary: Summary, size: Size, row: Row) -> list[dict[str, object]]
                     "metric": metric,
                     "num_examples": score.num_examples,
                     "num_seeds": score.num_seeds,
+                    "speaks_of": score.speaks_of,
                     "rank": number(measured.rank) if task == MEAN else "",
                 }
                 | {name: number(getattr(score, name)) for name in ("value", "low", "high", "p_full", "p_best")}

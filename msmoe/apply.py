@@ -8,7 +8,6 @@ Shapes: E experts, G groups, S sampled tokens, T tokens of a group, D d_model, F
 
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -17,18 +16,19 @@ from pathlib import Path
 import torch
 
 from msmoe.calibration.stats import Stats
-from msmoe.checkpoint import Checkpoint, CheckpointWriter, to_dtype
-from msmoe.checkpoint.readback import checksum, verify
-from msmoe.checkpoint.writer import MAX_SHARD_BYTES
+from msmoe.checkpoint import Checkpoint
+from msmoe.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
 from msmoe.errors import UserError
 from msmoe.export import Export, build_export
 from msmoe.factorize.options import SIZES, FactorOptions
-from msmoe.factorize.run import FactorizeReport, factorize
+from msmoe.factorize.run import FactorizeReport, factorize_into
 from msmoe.families import Expert, Family, family_of
+from msmoe.files import Output
 from msmoe.merge import RULES
 from msmoe.merging import GroupReport, Sources, merge_one
 from msmoe.methods import check_parameters, factor_options
 from msmoe.parallel import Progress, in_order, on_one_thread, single_threaded
+from msmoe.places import CHECKPOINT, check_place
 from msmoe.plan import Plan
 from msmoe.planning import predict
 from msmoe.provenance import capacity_drop_rates, write_metadata
@@ -94,6 +94,8 @@ def apply(
     Raises:
         UserError: for a plan or statistics that do not belong to the checkpoint, or an output that cannot be written.
     """
+    inputs = [path for path in (checkpoint, plan, stats, data) if isinstance(path, str | Path)]
+    check_place(Path(out), CHECKPOINT, force=force, inputs=inputs)
     source = Checkpoint(checkpoint)
     family = family_of(source)
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
@@ -101,67 +103,62 @@ def apply(
     check_parameters(plan.parameters)
     plan = predict(family, source, plan, export=export)
     how = {
-        "data": data, "export": export, "router": router, "resume": resume, "max_shard_bytes": max_shard_bytes,
-        "workers": workers, "progress": progress,
+        "data": data, "export": export, "router": router, "max_shard_bytes": max_shard_bytes, "workers": workers,
+        "progress": progress,
     }  # fmt: skip
     options = factor_options(plan.parameters)
-    if options is None:
-        return merge(source, family, plan, Path(out), stats=stats, force=force, **how)
-    return merge_and_factorize(source, family, plan, Path(out), options, stats=stats, force=force, **how)
+    if options is not None and stats is None:
+        raise UserError("this plan needs --stats to factorise the merged experts")
+    with Output(out, CHECKPOINT, force=force, resume=resume, inputs=inputs) as output:
+        if options is None:
+            return merge(source, family, plan, output, stats=stats, **how)
+        return merge_and_factorize(source, family, plan, output, options, stats=stats, resume=resume, **how)
 
 
 def merge_and_factorize(
     source: Checkpoint,
     family: Family,
     plan: Plan,
-    out: Path,
+    output: Output,
     options: FactorOptions,
     *,
     stats: Stats | str | Path | None,
-    force: bool,
+    resume: bool,
     **how,
 ) -> ApplyReport:
-    """Merge into a folder beside the output, factorise from there, and remove it."""
-    if out.exists() and not force:
-        raise UserError(f"{out} exists; use --force to replace it")
-    if stats is None:
-        raise UserError("this plan needs --stats to factorise the merged experts")
+    """Merge into the scratch folder of the output, and factorise from there."""
+    assert stats is not None
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
     merged_plan = without_factors(plan)
     merged_plan = predict(family, source, merged_plan, export=how["export"])
-    merged = out.with_name(f"{out.name}.merged")
+    merged = output.scratch / "merged"
     budget = options.budget(source.num_bytes) if options.is_budget else None
-    try:
-        if how["resume"] and is_finished(merged, merged_plan, how["router"]):
-            report = merged_report(merged)
-        else:
-            report = merge(source, family, merged_plan, merged, stats=stats, force=True, **how)
-        kept = [layer.name for layer in family.layers(source) if layer.name not in plan.layers]
-        factors = factorize(
-            merged, out, stats=stats, keep_layers=kept or ["none"],
-            export=how["export"], original=source.path, force=force, resume=how["resume"],
-            max_shard_bytes=how["max_shard_bytes"], workers=how["workers"], progress=how["progress"], plan=plan,
-            **asdict(replace(options, target_bytes=budget, target_ratio=None)),
-        )  # fmt: skip
-    except Exception:
-        shutil.rmtree(merged, ignore_errors=True)
-        raise
-    shutil.rmtree(merged)
-    return replace(report, out=out, num_parameters=factors.num_parameters, num_bytes=factors.num_bytes, factors=factors)
+    if resume and is_finished(merged, merged_plan, how["router"]):
+        report = merged_report(merged)
+    else:
+        with Output(merged, CHECKPOINT, force=True, resume=resume) as inner:
+            report = merge(source, family, merged_plan, inner, stats=stats, **how)
+    kept = [layer.name for layer in family.layers(source) if layer.name not in plan.layers]
+    factors = factorize_into(
+        output, merged, stats=stats, keep_layers=kept or ["none"], export=how["export"], original=source.path,
+        max_shard_bytes=how["max_shard_bytes"], workers=how["workers"], progress=how["progress"], plan=plan,
+        **asdict(replace(options, target_bytes=budget, target_ratio=None)),
+    )  # fmt: skip
+    return replace(
+        report, out=output.path, num_parameters=factors.num_parameters, num_bytes=factors.num_bytes, factors=factors
+    )
 
 
 def merge(
     source: Checkpoint,
     family: Family,
     plan: Plan,
-    out: Path,
+    output: Output,
     *,
     stats: Stats | str | Path | None,
     data: str | Path | None,
     export: str,
     router: str,
-    force: bool,
-    resume: bool,
     max_shard_bytes: int,
     workers: int | None,
     progress: Progress | None,
@@ -175,10 +172,7 @@ def merge(
         raise UserError("this plan refits layer by layer: give the calibration data with --data")
     identity = json.dumps([plan.to_json(), source.fingerprint, export, router])
     sources = Sources(family, source, plan, stats)
-    writer = CheckpointWriter(
-        out, layout.tensors, identity=identity, force=force, resume=resume, max_shard_bytes=max_shard_bytes
-    )
-    with writer:
+    with CheckpointWriter(output, layout.tensors, identity=identity, max_shard_bytes=max_shard_bytes) as writer:
         copy_tensors(writer, layout, source)
         with single_threaded():
             routers = write_routers(writer, layout, sources, router)
@@ -190,18 +184,13 @@ def merge(
         ):
             note = report.describe() | {"crc32": []}
             for slot, tensor in zip(layout.merged[layer, g], merged, strict=True):
-                stored = tensor.to(to_dtype(writer.specs[slot.tensor].dtype))
-                writer.write(slot.tensor, stored, index=slot.index)
-                note["crc32"].append(checksum(stored))
+                note["crc32"].append(writer.write(slot.tensor, tensor, index=slot.index))
             writer.note(f"{layer}/{report.dominant}", note)
             for slot in layout.merged[layer, g]:
                 unwritten[slot.tensor] -= 1
                 if unwritten[slot.tensor] == 0 and slot.tensor not in writer.done:
                     writer.finish(slot.tensor)
         notes = [writer.notes[f"{layer}/{plan.layers[layer].groups[g].dominant}"] for layer, g in layout.merged]
-        slots = (slot for pair in layout.merged.values() for slot in pair)
-        checksums = (value for note in notes for value in note["crc32"])
-        verify(writer.partial, {(slot.tensor, slot.index): c for slot, c in zip(slots, checksums, strict=True)})
         drop_rates = capacity_drop_rates(layout, plan, stats, source)
         write_metadata(writer, layout, sources, notes, router, routers, drop_rates)
     return ApplyReport(writer.out, notes, routers, drop_rates, layout.num_parameters, layout.num_bytes)

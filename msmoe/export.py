@@ -9,7 +9,7 @@ Shapes: E experts, G groups, D d_model, F d_ff.
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from msmoe.checkpoint import Checkpoint, TensorSpec
+from msmoe.checkpoint.reader import Checkpoint, TensorSpec, wider
 from msmoe.errors import UserError
 from msmoe.factorize.shapes import LayerFactors
 from msmoe.families import ExpertKeys, Family, MoELayer
@@ -73,22 +73,23 @@ class Export:
         self.tensors.append(TensorSpec(name, source.dtype, source.shape))
         self.copies.append((Slot(name), source.name))
 
-    def add_expert(self, names: ExpertKeys, layer: MoELayer) -> None:
-        self.tensors.append(TensorSpec(names.wi, layer.dtype, layer.shape("wi")))
-        self.tensors.append(TensorSpec(names.wo, layer.dtype, layer.shape("wo")))
+    def add_expert(self, names: ExpertKeys, layer: MoELayer, dtypes: ExpertKeys) -> None:
+        """One expert in tensors of its own."""
+        self.tensors.append(TensorSpec(names.wi, dtypes.wi, layer.shape("wi")))
+        self.tensors.append(TensorSpec(names.wo, dtypes.wo, layer.shape("wo")))
 
     def add_stacked(self, family: Family, layer: MoELayer, num_groups: int, factors: LayerFactors) -> None:
         """The experts of a layer as the `exact` export stores them, dense or factorised."""
         for matrix, name in zip(MATRICES, family.stacked_keys(layer.name), strict=True):
             num_outputs, num_inputs = layer.shape(matrix)
             if matrix not in factors:
-                self.tensors.append(TensorSpec(name, layer.dtype, (num_groups, num_outputs, num_inputs)))
+                self.tensors.append(TensorSpec(name, layer.dtype(matrix), (num_groups, num_outputs, num_inputs)))
                 continue
             rank, num_rows = factors[matrix]
             names = family.factor_keys(layer.name, matrix)
-            self.tensors.append(TensorSpec(names.u, layer.dtype, (num_groups, num_outputs, rank)))
-            self.tensors.append(TensorSpec(names.v, layer.dtype, (num_groups, rank, num_inputs)))
-            self.tensors.append(TensorSpec(names.s, layer.dtype, (num_groups, num_rows, num_inputs)))
+            self.tensors.append(TensorSpec(names.u, layer.dtype(matrix), (num_groups, num_outputs, rank)))
+            self.tensors.append(TensorSpec(names.v, layer.dtype(matrix), (num_groups, rank, num_inputs)))
+            self.tensors.append(TensorSpec(names.s, layer.dtype(matrix), (num_groups, num_rows, num_inputs)))
             self.tensors.append(TensorSpec(names.rows, "I32", (num_groups, num_rows)))
             self.indices.add(names.rows)
 
@@ -101,7 +102,7 @@ class Export:
     def add_constants(self, family: Family, layer: MoELayer, num_constants: int) -> None:
         """The mean outputs that stand in the place of experts."""
         self.constants[layer.name] = family.constants_key(layer.name)
-        self.tensors.append(TensorSpec(self.constants[layer.name], layer.dtype, (num_constants, layer.d_model)))
+        self.tensors.append(TensorSpec(self.constants[layer.name], layer.dtype("wo"), (num_constants, layer.d_model)))
 
     def add_router_rows(self, source: TensorSpec, rows: tuple[int, ...]) -> None:
         """A router's weight or bias with some of its rows."""
@@ -180,6 +181,12 @@ def _check_storable(kind: str, family: Family, checkpoint: Checkpoint, num_group
         raise UserError("--export native does not support router biases: use --export exact")
 
 
+def expert_dtypes(family: Family, checkpoint: Checkpoint, layer: MoELayer, members: tuple[int, ...]) -> ExpertKeys:
+    """Dtypes of an expert that some members become: theirs, or one that holds the values of all."""
+    keys = [family.expert_keys(layer.name, e) for e in members]
+    return ExpertKeys(*(wider(*(checkpoint.spec(name).dtype for name in names)) for names in zip(*keys, strict=True)))
+
+
 def _add_layer(
     export: Export,
     family: Family,
@@ -209,7 +216,7 @@ def _add_layer(
             slots = GroupSlots(Slot(stacked.wi, index), Slot(stacked.wo, index))
         else:
             names = family.expert_keys(layer.name, index) if export.kind == "native" else family.dense_keys(layer.name)
-            export.add_expert(names, layer)
+            export.add_expert(names, layer, expert_dtypes(family, checkpoint, layer, plan.groups[g].members))
             slots = GroupSlots(Slot(names.wi), Slot(names.wo))
         group = plan.groups[g]
         if export.kind != "dense" and group.sole is not None and (copy_sole or len(group.members) == 1):

@@ -63,7 +63,7 @@ def inspect(checkpoint: str | Path | Checkpoint) -> Summary:
     Raises:
         UserError: if the folder is damaged or of an unknown architecture.
     """
-    source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint, headers_only=True)
     family = inspectable_family_of(source)
     parts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     experts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -78,7 +78,7 @@ def inspect(checkpoint: str | Path | Checkpoint) -> Summary:
         for layer, num_stored in family.stored_layers(source)
     )
     return Summary(
-        path=str(source.path),
+        path=source.name,
         model_type=source.model_type,
         dtypes=tuple(sorted({source.spec(name).dtype for name in source if family.part(name) not in INDICES})),
         expert_capacity=source.config.get("expert_capacity"),

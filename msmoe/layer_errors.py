@@ -6,10 +6,10 @@ one another is not in it, and neither are tokens over capacity.
 Shapes: E experts of the original, R router rows, G stored experts, C constants, T tokens, D d_model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,9 +41,9 @@ class LayerError:
     """What compression did to one layer.
 
     Attributes:
-        error: sum_t w_t |y_t - y'_t|^2 / sum_t w_t |y_t|^2, with y the gate-weighted output of the original layer, y'
-            that of the compressed one, and w the number of calibration tokens that each one stands for; NaN without
-            tokens.
+        error: the relative output error, sum_t w_t |y_t - y'_t|^2 / sum_t w_t |y_t|^2, with y the gate-weighted output
+            of the original layer, y' that of the compressed one, and w the number of calibration tokens that each one
+            stands for; NaN without tokens. 0 is unchanged, 1 as far off as no output, and more is possible.
         by_expert: (E,) float64, the same over the tokens of each original expert; NaN where there are none.
         num_tokens: tokens that it was measured on.
         rerouted: share of the calibration tokens, in [0, 1], that meet another gate value, or another stored expert
@@ -119,6 +119,29 @@ def layer_errors(
         if progress:
             progress(len(result), len(stats.layers))
     return result
+
+
+def refit_errors(groups: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Relative output error of the refitted groups of each layer before and after the refit, as `LayerError.error`.
+
+    Over the held-out tokens of these groups alone: the errors of groups, weighed by the squares they are relative to.
+
+    Args:
+        groups: as `ApplyReport.groups` and `msmoe.json` list them.
+
+    Returns:
+        layer -> errors, of layers with a refitted group that has held-out tokens.
+    """
+    sums: dict[str, list[float]] = {}
+    for group in groups:
+        refit = group.get("refit") or {}
+        square = refit.get("held_out_square")
+        if square and refit.get("error_before") is not None:
+            total = sums.setdefault(group["layer"], [0.0, 0.0, 0.0])
+            total[0] += square * refit["error_before"]
+            total[1] += square * refit["error_after"]
+            total[2] += square
+    return {layer: (before / square, after / square) for layer, (before, after, square) in sums.items()}
 
 
 def check_layers(source: Checkpoint, family: Family, target: Checkpoint, stored_family: Family, stats: Stats) -> None:

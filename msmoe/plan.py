@@ -5,11 +5,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from msmoe.checkpoint import Checkpoint, write_whole
+from msmoe import strict_json
 from msmoe.errors import UserError
-from msmoe.families import MoELayer
+from msmoe.strict_json import finite, items, members, text, whole
+
+if TYPE_CHECKING:
+    from msmoe.checkpoint import Checkpoint
+    from msmoe.families import MoELayer
 
 FORMAT = "msmoe-plan/1"
 WEIGHT_TOLERANCE = 1e-6
@@ -134,6 +138,13 @@ class Plan:
         return json.dumps(content, indent=2) + "\n"
 
     def save(self, path: str | Path) -> None:
+        """Write the plan file, complete or not at all.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        from msmoe.files import write_whole
+
         write_whole(Path(path), self.to_json())
 
     @classmethod
@@ -143,26 +154,21 @@ class Plan:
         Raises:
             UserError: if the file is missing, is no plan, or one of its layers contradicts itself.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} is not a readable plan file: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise UserError(f"{path} is not a plan of format {FORMAT}")
-        try:
-            layers = {name: _parse_layer(entry) for name, entry in content["layers"].items()}
-            plan = cls(
-                method=str(content["method"]),
-                parameters=dict(content.get("parameters", {})),
-                seed=int(content.get("seed", 0)),
-                checkpoint=dict(content["checkpoint"]),
-                stats=dict(content.get("stats", {})),
-                layers=layers,
-                predicted=dict(content.get("predicted", {})),
-                notes={str(name): str(note) for name, note in dict(content.get("notes", {})).items()},
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} is not a valid plan: {error!r}") from error
+        content = strict_json.read_object(Path(path), "a plan file")
+        if content.get("format") != FORMAT:
+            raise UserError(f"{path} is not a plan of format {FORMAT}, got {strict_json.shown(content.get('format'))}")
+        part = lambda name: members(content.get(name, {}), f"{path}: {name}")
+        layers = members(strict_json.field(content, "layers", str(path)), f"{path}: layers")
+        plan = cls(
+            method=text(strict_json.field(content, "method", str(path)), f"{path}: method"),
+            parameters=_parse_parameters(part("parameters"), f"{path}: parameters"),
+            seed=whole(content.get("seed", 0), f"{path}: seed"),
+            checkpoint=_parse_texts(strict_json.field(content, "checkpoint", str(path)), f"{path}: checkpoint"),
+            stats=_parse_reference(part("stats"), f"{path}: stats"),
+            layers={name: _parse_layer(entry, f"{path}: layers.{name}") for name, entry in layers.items()},
+            predicted={name: whole(n, f"{path}: predicted.{name}") for name, n in part("predicted").items()},
+            notes=_parse_texts(part("notes"), f"{path}: notes"),
+        )
         for name, layer in plan.layers.items():
             check_layer(name, layer)
         return plan
@@ -190,12 +196,16 @@ class Plan:
         types = {"expert": "int64", "group": "Int64", "weight": "float64", "is_dominant": "bool", "removed": "bool"}
         return pd.DataFrame(rows, columns=pd.Index(columns)).astype(types)
 
-    def check_against(self, checkpoint: Checkpoint, layers: Sequence[MoELayer]) -> None:
+    def check_against(self, checkpoint: "Checkpoint", layers: "Sequence[MoELayer]") -> None:
         """Refuse a plan that was made for another checkpoint.
 
         Raises:
-            UserError: if the fingerprint, a layer name or a number of experts differs.
+            UserError: if the fingerprint, a layer name or a number of experts differs, or a parameter has a value that
+                no method knows.
         """
+        from msmoe.methods import check_parameters
+
+        check_parameters(self.parameters)
         if self.checkpoint.get("fingerprint") != checkpoint.fingerprint:
             raise UserError(f"the plan was made for another checkpoint than {checkpoint.path} (fingerprints differ)")
         known = {layer.name: layer.num_experts for layer in layers}
@@ -219,12 +229,64 @@ class Plan:
         return "\n".join(lines)
 
 
-def _parse_layer(entry: dict) -> LayerPlan:
-    groups = tuple(
-        Group(int(g["dominant"]), tuple(int(m) for m in g["members"]), tuple(float(w) for w in g["weights"]))
-        for g in entry["groups"]
+NUMBERS = ("experts", "keep_rows")  # parameters by the type of their values
+OPTIONAL_NUMBERS = ("energy", "target_ratio")
+OPTIONAL_WHOLE = ("group_capacity", "rank", "target_bytes")
+TEXTS = (
+    "budget", "saliency", "others", "selection", "similarity", "metric", "grouping", "weighting", "rule", "align",
+    "align_to", "refit", "routing", "svd", "row_score",
+)  # fmt: skip
+
+
+def _parse_parameters(entries: dict[str, Any], where: str) -> dict[str, Any]:
+    """Check the types of the parameters; which values they may have is known to `msmoe.methods`."""
+    for name, value in entries.items():
+        at = f"{where}.{name}"
+        if name in NUMBERS or (name in OPTIONAL_NUMBERS and value is not None):
+            finite(value, at, least=0)
+        elif name in OPTIONAL_WHOLE and value is not None:
+            whole(value, at, least=1)
+        elif name == "canonical" and not isinstance(value, bool):
+            raise UserError(f"{at} must be true or false, got {strict_json.shown(value)}")
+        elif name == "keep_layers":
+            items(value, at, text)
+        elif name in TEXTS:
+            text(value, at)
+    return entries
+
+
+def _parse_texts(entries: Any, where: str) -> dict[str, str]:
+    return {name: text(value, f"{where}.{name}") for name, value in members(entries, where).items()}
+
+
+def _parse_reference(entries: dict[str, Any], where: str) -> dict[str, Any]:
+    """How the plan names its statistics."""
+    for name, value in entries.items():
+        if name == "parts":
+            items(value, f"{where}.parts", text)
+        elif value is not None:
+            text(value, f"{where}.{name}")
+    return entries
+
+
+def _parse_layer(entry: Any, where: str) -> LayerPlan:
+    content = members(entry, where)
+    groups = strict_json.field(content, "groups", where)
+    return LayerPlan(
+        whole(strict_json.field(content, "num_experts", where), f"{where}.num_experts", least=1),
+        tuple(items(groups, f"{where}.groups", _parse_group)),
+        tuple(items(content.get("removed", []), f"{where}.removed", whole)),
     )
-    return LayerPlan(int(entry["num_experts"]), groups, tuple(int(e) for e in entry.get("removed", ())))
+
+
+def _parse_group(entry: Any, where: str) -> Group:
+    content = members(entry, where)
+    dominant, named, weights = (strict_json.field(content, name, where) for name in ("dominant", "members", "weights"))
+    return Group(
+        whole(dominant, f"{where}.dominant"),
+        tuple(items(named, f"{where}.members", whole)),
+        tuple(items(weights, f"{where}.weights", finite, least=0)),
+    )
 
 
 def check_layer(name: str, layer: LayerPlan) -> None:
@@ -253,6 +315,6 @@ def check_layer(name: str, layer: LayerPlan) -> None:
         if e in seen:
             raise UserError(f"{name}: expert {e} is named twice")
         seen.add(e)
-    missing = sorted(set(range(layer.num_experts)) - seen)
-    if missing:
-        raise UserError(f"{name}: expert {missing[0]} is in no group and not removed")
+    if len(seen) < layer.num_experts:  # never a list of all of them: the number may be anything
+        missing = next(e for e in range(layer.num_experts) if e not in seen)
+        raise UserError(f"{name}: expert {missing} is in no group and not removed")

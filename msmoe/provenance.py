@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from msmoe.calibration.stats import Stats
-from msmoe.checkpoint import Checkpoint, CheckpointWriter
+from msmoe.card import model_card, source_metadata
+from msmoe.checkpoint import Checkpoint
+from msmoe.checkpoint.writer import CheckpointWriter
 from msmoe.export import Export
 from msmoe.families import Family
 from msmoe.merging import Sources
@@ -184,75 +186,4 @@ def write_files(
     if plan is not None:
         writer.write_text("plan.json", plan.to_json())
     writer.write_text("msmoe.json", json.dumps(provenance, indent=1) + "\n")
-    writer.write_text("README.md", model_card(provenance, plan))
-
-
-def model_card(provenance: dict, plan: Plan | None) -> str:
-    """README of a checkpoint, from its provenance and its plan."""
-    kind, source = provenance["export"], provenance["source"]
-    load = {
-        "exact": 'AutoModelForSeq2SeqLM.from_pretrained(path, trust_remote_code=True, attn_implementation="eager")',
-        "dense": "AutoModelForSeq2SeqLM.from_pretrained(path)",
-    }.get(kind, 'AutoModelForSeq2SeqLM.from_pretrained(path, attn_implementation="eager")')
-    trust = ", trust_remote_code=True" if kind == "exact" else ""
-    counts, size = provenance["num_parameters"], provenance["bytes"]
-    return f"""---
-library_name: transformers
-tags: [msmoe, mixture-of-experts, model-compression]
----
-
-# {"Compressed" if plan else "Fine-tuned"} Mixture-of-Experts checkpoint
-
-Made from a `{source["model_type"]}` checkpoint (fingerprint `{source["fingerprint"]}`) by msmoe {version("msmoe")}
-{f"with method `{plan.method}`, " if plan else "with "}export `{kind}`: {counts["source"]:,} -> {counts["written"]:,}
-parameters, {size["source"]:,} -> {size["written"]:,} bytes of weights.
-
-```python
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-model = {load}
-tokenizer = AutoTokenizer.from_pretrained(path{trust})
-```
-{plan_section(plan)}{factor_section(provenance)}{recovery_section(provenance)}"""
-
-
-def plan_section(plan: Plan | None) -> str:
-    if plan is None:
-        return ""
-    rows = "\n".join(f"| `{name}` | {layer.num_experts} | {len(layer.groups)} |" for name, layer in plan.layers.items())
-    return f"""
-| layer | experts before | after |
-|---|---|---|
-{rows}
-
-`plan.json` says which experts became one and with which weights, `msmoe.json` how it was done.
-"""
-
-
-def factor_section(provenance: dict) -> str:
-    """What was factorised, one row per layer and matrix."""
-    if "factors" not in provenance:
-        return ""
-    rows = {}
-    for m in provenance["factors"]["matrices"]:
-        shape = "dense" if m["rank"] is None else f"rank {m['rank']}, {m['num_rows']} rows"
-        rows[m["layer"], m["matrix"]] = f"| `{m['layer']}` | {m['matrix']} | {shape} |"
-    table = "\n".join(rows.values())
-    return f"""
-The matrices of the experts are low rank plus a few rows, W = U V + S:
-
-| layer | matrix | stored as |
-|---|---|---|
-{table}
-"""
-
-
-def recovery_section(provenance: dict) -> str:
-    """How the checkpoint was fine-tuned."""
-    if "recovery" not in provenance:
-        return ""
-    recovery = provenance["recovery"]
-    teacher = f"distilled from `{recovery['teacher']}`" if recovery["teacher"] else "fine-tuned on targets alone"
-    return f"""
-Weights ({recovery["train"]}) {teacher}: {recovery["steps"]} steps, the best on validation data being step
-{recovery["best_step"]}.
-"""
+    writer.write_text("README.md", model_card(provenance, plan, source_metadata(source.path)))

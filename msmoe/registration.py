@@ -1,22 +1,37 @@
-"""Make the compressed model known to transformers' Auto classes."""
+"""Make the compressed model known to transformers' Auto classes, without importing transformers before others do."""
 
-import sys
-from pathlib import Path
+from msmoe.imports import when_imported
+
+AUTO = "transformers.models.auto"
+
+
+def register_when_needed() -> None:
+    """Register with the Auto classes when somebody imports them; at once where somebody has."""
+    when_imported(f"{AUTO}.configuration_auto", register_configuration)
+    when_imported(f"{AUTO}.modeling_auto", register)
+
+
+def register_configuration() -> None:
+    """Let `AutoConfig` read the configuration of a compressed checkpoint."""
+    from transformers import AutoConfig
+
+    from msmoe.modeling.configuration_msmoe import MsmoeSwitchConfig
+    from msmoe.modeling.dispatch import EarlierConfigOfFile, SwitchConfigOfFile
+
+    for config in (SwitchConfigOfFile, EarlierConfigOfFile):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+    MsmoeSwitchConfig.register_for_auto_class()  # `save_pretrained` then writes the code beside the weights
 
 
 def register() -> None:
-    """Register configuration and model class; importing them costs seconds and 200 MB."""
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+    """Register configuration and model classes now; importing them costs seconds and 200 MB."""
+    from transformers import AutoModel, AutoModelForSeq2SeqLM
 
     from msmoe.modeling.configuration_msmoe import MsmoeSwitchConfig
-    from msmoe.modeling.modeling_msmoe import MsmoeSwitchForConditionalGeneration
+    from msmoe.modeling.modeling_msmoe import MsmoeSwitchForConditionalGeneration, MsmoeSwitchModel
 
-    AutoConfig.register(MsmoeSwitchConfig.model_type, MsmoeSwitchConfig, exist_ok=True)
+    register_configuration()
     AutoModelForSeq2SeqLM.register(MsmoeSwitchConfig, MsmoeSwitchForConditionalGeneration, exist_ok=True)
-    MsmoeSwitchConfig.register_for_auto_class()  # `save_pretrained` then writes the code beside the weights
+    AutoModel.register(MsmoeSwitchConfig, MsmoeSwitchModel, exist_ok=True)
     MsmoeSwitchForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
-
-
-def is_command() -> bool:
-    """Whether this process is the `msmoe` command, which registers when it loads a model and not before."""
-    return Path(sys.argv[0] if sys.argv else "").stem == "msmoe"
+    MsmoeSwitchModel.register_for_auto_class("AutoModel")

@@ -15,6 +15,7 @@ from msmoe.calibration.batches import batch_indices, collate, record_key
 from msmoe.calibration.profile import load_records
 from msmoe.calibration.records import TokenRecord
 from msmoe.calibration.sample import TokenSample
+from msmoe.calibration.tokenizer import special_tokens
 from msmoe.errors import UserError
 from msmoe.export import Export
 from msmoe.families import Expert, Routing
@@ -34,15 +35,16 @@ def merge_sequentially(sources: Sources, layout: Export, data: str | Path) -> It
     records, digest = load_records(
         sources.checkpoint,
         data,
-        samples=described["num_records"],
+        samples=described.get("samples", described["num_records"]),
         seed=described.get("seed", 0),
         max_source_length=described.get("max_source_length", 512),
         max_target_length=described.get("max_target_length", 128),
+        columns=described.get("columns"),
     )
     if digest != described["sha256"]:
         raise UserError(f"{data} is not the calibration data that the statistics were made from")
     model = sources.family.load_model(sources.checkpoint.path, dtype=torch.float32)
-    pad_id = sources.checkpoint.config.get("pad_token_id") or 0
+    pad_id = special_tokens(sources.checkpoint.config, sources.checkpoint.path / "config.json").pad_id
     for layer, keys in groupby(layout.merged, key=lambda key: key[0]):
         sample = sources.stats.layers[layer].tokens()
         moved = moved_inputs(sources, model, layer, sample, records, pad_id=pad_id)

@@ -1,14 +1,60 @@
-"""Compare a compressed checkpoint with what it stands for: the stock model with merged weights in every member."""
+"""Open a written checkpoint again, and compare it with what it stands for: the stock model with merged weights."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
-from msmoe.families import family_of
+from msmoe.families import FAMILIES, family_of
 from msmoe.families.base import load_stored_expert
+from msmoe.loading import check_complete, load
+
+TRIED_BYTES = 256 * 2**20  # of a model in float32, up to which it is run as well
+TRIED_TOKENS = 8
+TOLERANCE = 1e-3  # of logits, relative to their largest
+
+
+def check_written(folder: Path, *, original: Path | None = None) -> None:
+    """Check that a written checkpoint is whole: configuration, names and shapes; small models are run as well.
+
+    A model of up to 256 MB in float32 is loaded and run on a few tokens. Where it is an `exact` export and `original`
+    is given, its logits must be those of the stock model with the stored experts in every member's place.
+
+    Raises:
+        UserError: if it cannot be loaded, or computes something else.
+    """
+    checkpoint = Checkpoint(folder)
+    check_complete(checkpoint)
+    if 4 * checkpoint.num_parameters > TRIED_BYTES:
+        return
+    logits = trial(load(checkpoint))
+    if not logits.isfinite().all():
+        raise UserError(f"the checkpoint written to {folder} gives logits that are not finite")
+    if original is None or not has_reference(Path(original), folder):
+        return
+    expected = trial(reference_model(original, folder))
+    if float((logits - expected).abs().max()) > TOLERANCE * float(expected.abs().max()):
+        raise UserError(f"the checkpoint written to {folder} does not compute what its plan says: check the disk")
+
+
+@torch.inference_mode()
+def trial(model: Any) -> Tensor:
+    """Logits (2, T, V) for a few tokens."""
+    ids = torch.arange(2 * TRIED_TOKENS).view(2, TRIED_TOKENS) % model.config.vocab_size
+    return model(input_ids=ids, labels=ids.flip(1), use_cache=False).logits.float()
+
+
+def has_reference(original: Path, compressed: Path) -> bool:
+    """Whether a stock model stands for an `exact` export: its routers kept their rows, and its original is small."""
+    source, target = Checkpoint(original), Checkpoint(compressed)
+    if target.model_type not in {family.compressed_model_type for family in FAMILIES.values()}:
+        return False
+    changed = bool(target.config.get("router_rows") or target.config.get("constants"))
+    is_original = source.model_type in FAMILIES
+    return is_original and not changed and 4 * source.num_parameters <= TRIED_BYTES
 
 
 @torch.no_grad()

@@ -28,7 +28,8 @@ if "--stage" in sys.argv:
 
 from msmoe.calibration.records import TokenRecord  # noqa: E402
 from msmoe.calibration.stats import LayerStats  # noqa: E402
-from msmoe.checkpoint import Checkpoint, CheckpointWriter, TensorSpec  # noqa: E402
+from msmoe.checkpoint import Checkpoint, TensorSpec  # noqa: E402
+from msmoe.checkpoint.writer import CheckpointWriter  # noqa: E402
 from msmoe.evaluate.run import peak_memory  # noqa: E402
 from msmoe.families import Family  # noqa: E402
 

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast, SwitchTransformersForCondition
 
 import msmoe
 from msmoe.calibration.batches import batch_indices, collate
-from msmoe.calibration.records import read_records, tokenize
+from msmoe.calibration.records import read_records
+from msmoe.calibration.tokenization import tokenize
 from msmoe.checkpoint import Checkpoint
 from msmoe.demo import CALIBRATION, CHECKPOINT, HELD_OUT_TEXT, TASKS
 from msmoe.families import family_of

@@ -33,10 +33,10 @@ from typing import IO
 from demo_data import VALIDATION_SHARE, clean, normalise, unit_hash
 
 from msmoe.calibration.records import read_records
-from msmoe.checkpoint import write_whole
 from msmoe.demo import CALIBRATION
 from msmoe.demo import TASKS as DEMO_TASKS
 from msmoe.errors import UserError
+from msmoe.files import write_whole
 from msmoe.methods import choose
 
 FORMAT = "msmoe-tasks/1"

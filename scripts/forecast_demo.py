@@ -28,11 +28,12 @@ from torch import Tensor
 
 import msmoe
 from msmoe.calibration.batches import IGNORE, batch_indices, collate
-from msmoe.calibration.profile import load_tokenizer
-from msmoe.calibration.records import TokenRecord, choose_records, read_records, tokenize
-from msmoe.checkpoint import write_whole
+from msmoe.calibration.records import TokenRecord, choose_records, read_records
+from msmoe.calibration.tokenization import tokenize
+from msmoe.calibration.tokenizer import load_tokenizer
 from msmoe.cli.console import silence_transformers
 from msmoe.demo import CALIBRATION, CHECKPOINT, HELD_OUT_TEXT, TASKS
+from msmoe.files import write_whole
 from msmoe.forecast import forecast
 from msmoe.layer_errors import layer_errors
 from msmoe.parallel import in_order

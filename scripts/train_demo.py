@@ -23,7 +23,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 from transformers.models.switch_transformers import modeling_switch_transformers as switch
 
-from msmoe.calibration.records import TokenRecord, corrupt_spans, sentinel_ids
+from msmoe.calibration.spans import TokenRecord, corrupt_spans, sentinel_ids
 
 VOCAB_SIZE = 8192
 NUM_SENTINELS = 32

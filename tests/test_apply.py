@@ -279,6 +279,7 @@ def test_an_existing_folder_is_not_touched_without_force(switch, tmp_path):
 
 def test_force_replaces_an_existing_folder_completely(switch, tmp_path):
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "msmoe.json").touch()
     (tmp_path / "out" / "old").write_text("old")
     apply(switch, plan_for(Checkpoint(switch), PLANNED), tmp_path / "out", force=True)
     assert not (tmp_path / "out" / "old").exists()
@@ -288,14 +289,14 @@ def test_force_replaces_an_existing_folder_completely(switch, tmp_path):
 
 def test_force_keeps_the_old_folder_if_the_run_fails(switch, stats, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
+    (tmp_path / "out" / "msmoe.json").write_text("old")
 
     def fail(done, total):
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
         apply(switch, plan_for(Checkpoint(switch), PLANNED), tmp_path / "out", force=True, progress=fail)
-    assert [file.name for file in tmp_path.rglob("*")] == ["out", "old"]
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "msmoe.json"]
 
 
 def test_a_full_disk_is_reported_before_any_weight_is_written(switch, tmp_path, monkeypatch):
@@ -348,7 +349,7 @@ def killed(request, killed_runs):
 
 
 def copy_partial(folder: Path, to: Path) -> Path:
-    shutil.copytree(folder / "out.partial", to / "out.partial")
+    shutil.copytree(folder / ".out.msmoe-partial", to / ".out.msmoe-partial")
     return to / "out"
 
 
@@ -389,7 +390,7 @@ def test_a_partial_folder_of_another_plan_is_not_resumed(killed, switch, stats, 
     other = make_plan(switch, stats, experts=2, export=export, **choices)
     with pytest.raises(UserError, match="left by a run with other inputs"):
         apply(switch, other, out, stats=stats, export=export, router="dominant", resume=True)
-    assert (tmp_path / "out.partial").exists()
+    assert (tmp_path / ".out.msmoe-partial").exists()
 
 
 def test_an_interrupt_keeps_the_partial_folder_for_resume(switch, tmp_path):
@@ -399,7 +400,7 @@ def test_an_interrupt_keeps_the_partial_folder_for_resume(switch, tmp_path):
     plan = plan_for(Checkpoint(switch), PLANNED)
     with pytest.raises(KeyboardInterrupt):
         apply(switch, plan, tmp_path / "out", progress=interrupt, workers=1)
-    assert (tmp_path / "out.partial").exists()
+    assert (tmp_path / ".out.msmoe-partial").exists()
     apply(switch, plan, tmp_path / "out", resume=True)
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 

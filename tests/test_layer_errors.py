@@ -22,7 +22,7 @@ from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
 from msmoe.factorize.measures import stable_rank
 from msmoe.factorize.run import factorize
-from msmoe.layer_errors import layer_errors, relative_errors
+from msmoe.layer_errors import layer_errors, refit_errors, relative_errors
 from msmoe.loading import load
 from msmoe.plan import LayerPlan
 
@@ -271,3 +271,33 @@ def test_nan_weights_name_the_tensor(switch, stats, tmp_path):
 def test_no_tokens_cannot_be_asked_for(switch, stats):
     with pytest.raises(UserError, match="tokens must be at least 1, got 0"):
         layer_errors(switch, switch, stats, tokens=0)
+
+
+# ---- refits
+
+
+def refitted(before, after, square, layer="a"):
+    refit = {"error_before": before, "error_after": after, "held_out_square": square}
+    return {"layer": layer, "refit": refit}
+
+
+def test_hand_worked_refit_errors_of_groups_are_weighed_by_the_squares_of_their_outputs():
+    # (3 * 0.5 + 1 * 0.1) / 4 = 0.4; (3 * 0.2 + 1 * 0.1) / 4 = 0.175
+    found = refit_errors([refitted(0.5, 0.2, 3.0), refitted(0.1, 0.1, 1.0), refitted(2.0, 1.0, 5.0, layer="b")])
+    assert found == {"a": (pytest.approx(0.4), pytest.approx(0.175)), "b": (2.0, 1.0)}
+
+
+def test_groups_without_refit_or_held_out_tokens_have_no_refit_error():
+    assert (
+        refit_errors([{"layer": "a"}, refitted(None, None, 0.0), {"layer": "a", "refit": {"error_before": 1.0}}]) == {}
+    )
+
+
+def test_the_error_before_a_refit_of_all_groups_is_the_error_of_the_layer_without_refit(switch, stats, tmp_path):
+    plan = plan_for(Checkpoint(switch), {LAYER: layer_plan(6, [0, 1, 2], [3, 4, 5])})
+    refit = replace(plan, parameters=plan.parameters | {"refit": "independent"})
+    report = apply(switch, refit, tmp_path / "refit", stats=stats)
+    apply(switch, plan, tmp_path / "merged")
+    expected = layer_errors(switch, tmp_path / "merged", stats, tokens=10**6)[LAYER].error
+    # a refit weighs held-out tokens by the whole sample, an error of the layer by its held-out half
+    assert refit_errors(report.groups)[LAYER][0] == pytest.approx(expected, rel=0.02)

@@ -100,18 +100,26 @@ def broken(edit) -> dict:
         (lambda x: x["groups"][1].update(members=[2], dominant=2), "expert 2 is named twice"),
         (lambda x: x.update(removed=[1]), "expert 1 is named twice"),
         (lambda x: x["groups"][0].update(members=[0, 3]), "expert 3 is out of range, experts are 0 to 2"),
-        (lambda x: x["groups"][0].update(members=[0, -1]), "expert -1 is out of range"),
+        (lambda x: x["groups"][0].update(members=[0, -1]), r"members\[1\] must be a whole number .*got -1"),
         (lambda x: x.update(removed=[7]), "expert 7 is out of range"),
         (lambda x: x["groups"].pop(), "expert 1 is in no group"),
         (lambda x: x.update(num_experts=4), "expert 3 is in no group"),
         (lambda x: x["groups"][0].update(dominant=1), "dominant expert 1 is not a member"),
         (lambda x: x["groups"][0].update(weights=[0.5, 0.6]), "group of expert 0 sum to 1.1"),
-        (lambda x: x["groups"][0].update(weights=[-0.5, 1.5]), "weights of the group of expert 0"),
-        (lambda x: x["groups"][0].update(weights=[float("nan"), 1]), "weights of the group of expert 0"),
+        (lambda x: x["groups"][0].update(weights=[-0.5, 1.5]), r"weights\[0\] must be a number .*got -0.5"),
+        (lambda x: x["groups"][0].update(weights=[float("nan"), 1]), "it holds NaN"),
         (lambda x: x["groups"][0].update(weights=[1.0]), "2 members and 1 weights"),
         (lambda x: x["groups"][1].update(members=[], weights=[]), "0 members"),
-        (lambda x: x["groups"][0].pop("weights"), "not a valid plan"),
-        (lambda x: x.update(groups=5), "not a valid plan"),
+        (lambda x: x["groups"][0].pop("weights"), r"groups\[0\] lacks the field 'weights'"),
+        (lambda x: x.update(groups=5), "groups must be a list, got 5"),
+        (lambda x: x.update(groups=[7]), r"groups\[0\] must be an object, got 7"),
+        (lambda x: x.update(num_experts=2.4), "num_experts must be a whole number of at least 1, got 2.4"),
+        (lambda x: x.update(num_experts=True), "num_experts must be a whole number of at least 1, got True"),
+        (lambda x: x.update(num_experts=10**9), "expert 3 is in no group"),
+        (lambda x: x["groups"][1].update(dominant=1.0), r"groups\[1\].dominant must be a whole number"),
+        (lambda x: x["groups"][0].update(weights=["0.25", 0.75]), r"weights\[0\] must be a number"),
+        (lambda x: x["groups"][0].update(weights=[1e400, 1]), "it holds Infinity"),
+        (lambda x: x.update(removed=[False]), r"removed\[0\] must be a whole number"),
     ],
 )  # fmt: skip
 def test_a_plan_that_contradicts_itself_is_refused(edit, complaint, tmp_path):
@@ -129,15 +137,50 @@ def test_a_path_as_layer_name_is_refused(name, tmp_path):
         Plan.load(tmp_path / "plan.json")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "msmoe-plan/2"}', "\x00", '{"format": "msmoe-plan/1"}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "msmoe-plan/2"}', "\x00", "[" * 100_000])
 def test_a_file_that_is_no_plan_is_named(text, tmp_path):
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(UserError, match=r"plan.json is not a"):
         Plan.load(tmp_path / "plan.json")
 
 
+@pytest.mark.parametrize(
+    ("edit", "complaint"),
+    [
+        (lambda x: x.pop("layers"), "lacks the field 'layers'"),
+        (lambda x: x.update(method=3), "method must be a text, got 3"),
+        (lambda x: x.update(seed=0.5), "seed must be a whole number"),
+        (lambda x: x.update(checkpoint="abc"), "checkpoint must be an object"),
+        (lambda x: x.update(stats={"sha256": 5}), "stats.sha256 must be a text"),
+        (lambda x: x.update(predicted={"bytes": 1.5}), "predicted.bytes must be a whole number"),
+        (lambda x: x.update(parameters={"experts": "many"}), "parameters.experts must be a number"),
+        (lambda x: x.update(parameters={"rank": 2.4}), "parameters.rank must be a whole number"),
+        (lambda x: x.update(parameters={"rule": 1}), "parameters.rule must be a text"),
+        (lambda x: x.update(parameters={"canonical": 1}), "parameters.canonical must be true or false"),
+    ],
+)
+def test_a_field_of_a_wrong_type_is_named(edit, complaint, tmp_path):
+    content = broken(lambda layer: None)
+    edit(content)
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=complaint):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_plan_that_names_a_field_twice_is_refused(tmp_path):
+    text = json.dumps(broken(lambda layer: None)).replace('"num_experts": 3', '"num_experts": 2, "num_experts": 3')
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(UserError, match="it names 'num_experts' twice in one object"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_parameter_that_no_method_knows_is_refused_before_the_plan_is_carried_out(switch):
+    with pytest.raises(UserError, match="unknown rule 'avrage' - did you mean 'average'"):
+        check(plan_for(Checkpoint(switch), {}, rule="avrage"), switch)
+
+
 def test_a_missing_plan_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"gone.json is not a readable plan"):
+    with pytest.raises(UserError, match=r"gone.json is not a plan file: No such file"):
         Plan.load(tmp_path / "gone.json")
 
 

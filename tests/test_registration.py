@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import batch_of, random_records
 
 from msmoe.loading import load
-from msmoe.registration import is_command, register
+from msmoe.registration import register
 
 WITH_MSMOE = """
     import sys, msmoe
@@ -56,13 +56,34 @@ def test_the_command_line_does_not_import_transformers_where_no_model_runs(exact
     assert "msmoe_switch_transformers" in run_python(code, exact, folder=tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("argument", "expected"),
-    [("/opt/bin/msmoe", True), ("msmoe.exe", True), ("train.py", False), ("/opt/msmoe/train.py", False), ("", False)],
+ORDERS = (
+    "import transformers, msmoe",
+    "from transformers import AutoModelForSeq2SeqLM; import msmoe",
+    "import msmoe; from transformers.models.switch_transformers import modeling_switch_transformers",
 )
-def test_only_the_command_itself_registers_late(argument, expected, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [argument])
-    assert is_command() is expected
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_auto_classes_know_the_model_in_every_order_of_imports(order, exact, tmp_path):
+    code = f"""
+        import sys
+        {order}
+        from transformers import AutoConfig, AutoModelForSeq2SeqLM
+        config = AutoConfig.from_pretrained(sys.argv[1])
+        print(type(config).__module__, type(AutoModelForSeq2SeqLM.from_config(config)).__module__)
+    """
+    expected = "msmoe.modeling.configuration_msmoe msmoe.modeling.modeling_msmoe\n"
+    assert run_python(code, exact, folder=tmp_path) == expected
+
+
+def test_the_package_waits_for_transformers_and_then_leaves_its_imports_alone(tmp_path):
+    code = """
+        import sys, msmoe
+        assert "transformers" not in sys.modules
+        from transformers import AutoModelForSeq2SeqLM
+        assert not any(type(finder).__module__ == "msmoe.imports" for finder in sys.meta_path)
+    """
+    run_python(code, folder=tmp_path)
 
 
 def test_registering_twice_is_harmless(exact):

@@ -125,7 +125,7 @@ def test_other_data_than_those_of_the_statistics_are_refused(dropping_switch, dr
     other = write_records(tmp_path / "other.jsonl", records[:-1])
     with pytest.raises(UserError, match="not the calibration data that the statistics were made from"):
         apply(dropping_switch, plan, tmp_path / "out", stats=dropping_stats, data=other)
-    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / ".out.msmoe-partial").exists()
 
 
 def test_a_choice_of_records_is_found_again_in_the_file(switch, data, tmp_path):

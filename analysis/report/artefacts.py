@@ -1,28 +1,27 @@
 """The files that a report is made from: what each one is, and whether they belong together."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 from msmoe.analysis.report.document import shorten
 
 from msmoe.calibration.stats import Stats
-from msmoe.checkpoint import Checkpoint
+from msmoe.compare.fields import Field, load_json
 from msmoe.compare.reading import FORMAT as COMPARISON
-from msmoe.compare.scoring import summarise
-from msmoe.compare.summary import Summary as ComparisonSummary
 from msmoe.errors import UserError
-from msmoe.evaluate.results import FORMAT as RESULTS
-from msmoe.evaluate.results import TaskResult
-from msmoe.inspect import Summary, inspect
-from msmoe.plan import FORMAT as PLAN
-from msmoe.plan import Plan
-from msmoe.planning import Planner
-from msmoe.provenance import original_fingerprint, read_provenance
 
+if TYPE_CHECKING:
+    from msmoe.checkpoint import Checkpoint
+    from msmoe.compare.summary import Summary as ComparisonSummary
+    from msmoe.inspect import Summary
+    from msmoe.plan import Plan
+    from msmoe.planning import Planner
+
+PLAN, RESULTS = "msmoe-plan/1", "msmoe-results/1"
 KINDS = "a statistics directory, a plan, a checkpoint, or the results of `msmoe compare` or `msmoe evaluate`"
 
 
@@ -31,10 +30,10 @@ class CheckpointFolder:
     """A checkpoint on disk; `provenance` is empty and `plan` None for an original one."""
 
     label: str
-    checkpoint: Checkpoint
-    summary: Summary
+    checkpoint: "Checkpoint"
+    summary: "Summary"
     provenance: dict
-    plan: Plan | None
+    plan: "Plan | None"
 
     @property
     def is_original(self) -> bool:
@@ -43,6 +42,8 @@ class CheckpointFolder:
     @property
     def source_fingerprint(self) -> str:
         """Of the original checkpoint that it is, or was made from."""
+        from msmoe.provenance import original_fingerprint
+
         return original_fingerprint(self.checkpoint)
 
 
@@ -55,7 +56,7 @@ class LabelledStats:
 @dataclass(frozen=True)
 class LabelledPlan:
     label: str
-    plan: Plan
+    plan: "Plan"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ class Comparison:
     content: dict
 
     @cached_property
-    def summary(self) -> ComparisonSummary:
+    def summary(self) -> "ComparisonSummary":
+        from msmoe.compare.scoring import summarise
+
         return summarise(self.content)
 
 
@@ -109,10 +112,13 @@ class Artefacts:
     @cached_property
     def num_shared_records(self) -> int:
         """Sampled records that stand in more than one of the statistics, and so count more than once in all."""
+        if len(self.stats) < 2:
+            return 0
         records = [
-            torch.cat([layer.tokens().record for layer in item.stats.layers.values()]).unique() for item in self.stats
+            np.unique(np.concatenate([layer.tokens().record.numpy() for layer in item.stats.layers.values()]))
+            for item in self.stats
         ]
-        return sum(map(len, records)) - len(torch.cat(records).unique()) if len(records) > 1 else 0
+        return sum(map(len, records)) - len(np.unique(np.concatenate(records)))
 
     @cached_property
     def plan(self) -> LabelledPlan | None:
@@ -121,10 +127,12 @@ class Artefacts:
         return next(iter((*self.plans, *inside)), None)
 
     @cached_property
-    def planner(self) -> Planner | None:
+    def planner(self) -> "Planner | None":
         """Access to the weights behind the statistics; needs the original checkpoint and statistics."""
         if self.original is None or self.calibration is None:
             return None
+        from msmoe.planning import Planner
+
         return Planner(self.original.checkpoint, self.calibration)
 
     @cached_property
@@ -192,14 +200,17 @@ def open_artefact(item: object) -> Item:
     """
     if isinstance(item, Stats):
         return LabelledStats(shorten(Path(str(item.data.get("source", "statistics"))).name), item)
-    if isinstance(item, Plan):
-        return LabelledPlan(item.method, item)
     if isinstance(item, dict):
         return read_results(item, "results")
-    if isinstance(item, TaskResult):
-        return Evaluation("results", (item.describe(),))
     if isinstance(item, str | Path):
         return open_path(Path(item))
+    from msmoe.evaluate.results import TaskResult
+    from msmoe.plan import Plan
+
+    if isinstance(item, Plan):
+        return LabelledPlan(item.method, item)
+    if isinstance(item, TaskResult):
+        return Evaluation("results", (item.describe(),))
     raise UserError(f"a report cannot show {type(item).__name__}: give {KINDS}")
 
 
@@ -216,12 +227,12 @@ def open_path(path: Path) -> Item:
     if path.is_dir():
         raise UserError(f"{path} is no artefact of msmoe: expected {KINDS}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is no artefact of msmoe ({error}): expected {KINDS}") from error
+        content = load_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; a report takes {KINDS}") from error
     if isinstance(content, dict) and content.get("format") == PLAN:
+        from msmoe.plan import Plan
+
         return LabelledPlan(label, Plan.load(path))
     if path.name == "results.json":
         label = shorten(path.resolve().parent.name)
@@ -230,6 +241,11 @@ def open_path(path: Path) -> Item:
 
 def open_checkpoint(path: Path, label: str) -> CheckpointFolder:
     """A checkpoint folder; one with a provenance file is a compressed or fine-tuned one."""
+    from msmoe.checkpoint import Checkpoint
+    from msmoe.inspect import inspect
+    from msmoe.plan import Plan
+    from msmoe.provenance import read_provenance
+
     checkpoint = Checkpoint(path)
     plan = path / "plan.json"
     provenance, summary = read_provenance(checkpoint), inspect(checkpoint)
@@ -239,7 +255,7 @@ def open_checkpoint(path: Path, label: str) -> CheckpointFolder:
     return CheckpointFolder(label, checkpoint, summary, provenance, found)
 
 
-def check_plan(label: str, summary: Summary, provenance: dict, plan: Plan) -> None:
+def check_plan(label: str, summary: "Summary", provenance: dict, plan: "Plan") -> None:
     """Refuse a plan inside of a checkpoint that is not the one it was made by.
 
     Raises:
@@ -255,32 +271,62 @@ def check_plan(label: str, summary: Summary, provenance: dict, plan: Plan) -> No
 
 
 def read_results(content: object, label: str, path: Path | None = None) -> Comparison | Evaluation:
+    """Results of `msmoe compare` or `msmoe evaluate`, checked.
+
+    Raises:
+        UserError: naming the file, and the field that is wrong.
+    """
     found = content.get("format") if isinstance(content, dict) else None
-    if isinstance(content, dict) and found == COMPARISON:
+    name = str(path) if path else f"the results {label}"
+    if not isinstance(content, dict) or found not in (COMPARISON, RESULTS):
+        other = isinstance(found, str) and found.rpartition("/")[0] in ("msmoe-comparison", "msmoe-results")
+        version = f"; this version reads {COMPARISON} and {RESULTS}" if other else ""
+        raise UserError(f"{name} is no artefact of msmoe (format {found!r}{version}): expected {KINDS}")
+    try:
+        if found == RESULTS:
+            return Evaluation(label, read_records(Field(content)))
         comparison = Comparison(label, content)
         _ = comparison.summary  # damaged results are refused here
         return comparison
-    if isinstance(content, dict) and found == RESULTS:
-        return read_evaluation(content, label)
-    where = f"{path} is" if path else "this is"
-    raise UserError(f"{where} no artefact of msmoe (format {found!r}): expected {KINDS}")
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
-def read_evaluation(content: dict, label: str) -> Evaluation:
+def read_records(content: Field) -> tuple[dict, ...]:
     """Records of `msmoe evaluate`, checked.
 
     Raises:
-        UserError: if one lacks what every record has.
+        UserError: naming the field that is missing or wrong.
     """
     try:
-        records = tuple(content["results"])
-        for record in records:
-            for metric in record["metrics"].values():
-                float(metric["value"]), *map(float, metric["ci95"])
-            _ = record["checkpoint"], record["task"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"the results {label} are damaged: {error!r}") from error
-    return Evaluation(label, records)
+        elements = content["results"].elements()
+        for record in elements:
+            check_record(record)
+    except UserError as error:
+        raise UserError(f"damaged: {error}") from error
+    return tuple(record.value for record in elements)
+
+
+def check_record(record: Field) -> None:
+    """Raise `UserError` for a record of results.json that lacks a field, or has a wrong one."""
+    for name in ("checkpoint", "task"):
+        record[name].text()
+    for _, metric in record["metrics"].items():
+        metric["value"].number()
+        metric["num_examples"].integer()
+        interval = metric["ci95"].elements()
+        if len(interval) != 2:
+            raise metric["ci95"].fail("a list of two numbers")
+        for end in interval:
+            end.number()
+    for name in ("num_parameters", "bytes", "peak_memory_bytes"):
+        if record[name].value is not None:
+            record[name].integer()
+    for name in ("majority_share", "flops_per_token", "seconds"):
+        if record[name].value is not None:
+            record[name].number(least=0)
+    if (source := record.get("source")) is not None:
+        source.text()
 
 
 def check_same_model(items: Sequence[Item]) -> None:

@@ -10,10 +10,10 @@ from msmoe.analysis.report.artefacts import Artefacts, gather
 from msmoe.analysis.report.document import Document
 from msmoe.analysis.report.files import write_files
 from msmoe.analysis.report.page import to_html
-from msmoe.analysis.report.sections import SECTIONS
+from msmoe.analysis.report.sections import CHAPTERS, make_chapter
 
-from msmoe.checkpoint import write_whole
 from msmoe.errors import UserError
+from msmoe.files import write_whole
 
 Tell = Callable[[int, int, str], None]  # (steps done, steps in all, what is being done)
 FRAME_HEIGHT = 800  # pixels of a report in a notebook
@@ -81,10 +81,10 @@ def report(*artefacts: object, thorough: bool = False, tell: Tell | None = None)
     """
     found = gather(artefacts, thorough=thorough)
     sections = []
-    for done, make in enumerate(SECTIONS):
-        say = _teller(tell, done, make.__module__.split(".")[3])
+    for done, name in enumerate(CHAPTERS):
+        say = _teller(tell, done, name)
         say("")
-        section = make(found, say)
+        section = make_chapter(name, found, say)
         if section is not None:
             sections.append(section)
     return Report(Document(title_of(found), subtitle_of(found), tuple(sections)), found)
@@ -93,7 +93,7 @@ def report(*artefacts: object, thorough: bool = False, tell: Tell | None = None)
 def _teller(tell: Tell | None, done: int, name: str) -> Callable[[str], None]:
     def say(note: str) -> None:
         if tell:
-            tell(done, len(SECTIONS), f"{name}: {note}" if note else name)
+            tell(done, len(CHAPTERS), f"{name}: {note}" if note else name)
 
     return say
 

@@ -9,6 +9,13 @@ import pandas as pd
 
 from msmoe.units import human_bytes
 
+ERROR = "relative output error: squared, token-weighted, on held-out tokens"
+ERROR_MEANING = (
+    "Relative output error: squared change of a layer's gate-weighted output over its square, summed over held-out "
+    "tokens that the original model shows the layer, each as often as the calibration tokens it stands for. 0 % is "
+    "unchanged, 100 % as far off as no output at all; more than 100 % is possible, where an expert answers with "
+    "something else rather than with less."
+)
 Format = Literal["text", "integer", "share", "number", "bytes"]
 
 

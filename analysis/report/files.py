@@ -1,17 +1,14 @@
 """Figures as PNG and SVG, tables as CSV."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from msmoe.analysis.report.charts import to_spec
 from msmoe.analysis.report.document import Document
 from msmoe.analysis.report.page import encodable
 
-from msmoe.checkpoint.writer import explain_os_errors
-from msmoe.errors import UserError
+from msmoe.files import write_into
 
 SCALE = 2  # pixels of a PNG for one of the chart
 
@@ -24,16 +21,8 @@ def write_files(document: Document, out: Path, *, force: bool, tell: Callable[[i
     """
     names = [f"{figure.name}.{ending}" for figure in document.figures() for ending in ("png", "svg")]
     names += [f"{table.name}.csv" for table in document.tables()]
-    existing = [name for name in names if (out / name).exists()]
-    if existing and not force:
-        raise UserError(f"{out / existing[0]} exists; use --force to replace it")
-    with explain_os_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as folder:
-            draw_files(document, Path(folder), tell)
-            out.mkdir(exist_ok=True)
-            for name in names:
-                os.replace(Path(folder) / name, out / name)
+    with write_into(out, names, force=force) as folder:
+        draw_files(document, folder, tell)
     return [out / name for name in names]
 
 

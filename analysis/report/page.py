@@ -16,6 +16,7 @@ from msmoe.analysis.report.document import Column, Document, Table
 
 ASSETS = Path(__file__).with_name("assets")
 MAX_ROWS = 400  # of a table on the page
+NO_BREAK = "\N{NO-BREAK SPACE}"
 DIGITS = 5  # significant ones of numbers in charts
 
 
@@ -25,6 +26,7 @@ class Cell:
     value: str  # what sorting compares
     is_text: bool
     is_strong: bool
+    is_score: bool  # a number with what belongs to it, which may stand on lines of their own
 
 
 def to_html(document: Document) -> str:
@@ -117,4 +119,5 @@ def cell(column: Column, row: dict) -> Cell:
     value = row[column.by or column.field]
     is_missing = value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
     text, is_strong = column.show(row[column.field]), bool(column.strong) and bool(row[column.strong])
-    return Cell(text, "" if is_missing else str(value), column.is_text, is_strong)
+    text = text.replace(", ", f",{NO_BREAK}") if column.by else text
+    return Cell(text, "" if is_missing else str(value), column.is_text, is_strong, bool(column.by))

@@ -10,9 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msmoe.calibration.records import TokenRecord
-
-IGNORE = -100  # label of a position that counts for nothing
+from msmoe.calibration.spans import IGNORE, TokenRecord
 
 
 def batch_indices(records: Sequence[TokenRecord], batch_size: int) -> Iterator[list[int]]:

@@ -20,6 +20,7 @@ from msmoe.calibration.batches import IGNORE, batch_indices, collate, record_key
 from msmoe.calibration.records import TokenRecord
 from msmoe.calibration.sample import token_keys
 from msmoe.calibration.stats import LayerStats
+from msmoe.calibration.tokenizer import special_tokens
 from msmoe.families import Family
 
 
@@ -44,7 +45,7 @@ def output_gradients(
     samples = {name: layer.tokens() for name, layer in layers.items()}
     result = {name: torch.full_like(sample.inputs, float("nan")) for name, sample in samples.items()}
     device = next(model.parameters()).device
-    pad_id = model.config.pad_token_id or 0
+    pad_id = special_tokens(model.config.to_dict(), "the model's configuration").pad_id
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in required:
         parameter.requires_grad_(False)

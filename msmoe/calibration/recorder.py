@@ -42,7 +42,7 @@ class LayerRecorder:
             domain: (B,) int64 positions of their domains; read only where there are domains.
         """
         where = valid.cpu().nonzero()
-        logits_TE = routing.logits[valid].double().cpu()
+        logits_TE = routing.logits[valid].cpu().double()
         inputs_TD = routing.inputs[valid].float().cpu()
         dispatched = routing.dispatched[valid].cpu()
         gate = routing.gate[valid].float().cpu()

@@ -1,120 +1,242 @@
-"""Calibration and task data: JSON Lines records -> token ids."""
+"""Calibration and task data: rows of files, data sets or memory -> checked records."""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from msmoe.errors import UserError
+from msmoe.calibration.chat import check_messages, conversation
+from msmoe.calibration.datasets import named_rows, read_folder
+from msmoe.calibration.files import (
+    FORMATS,
+    STANDARD_INPUT,
+    DataError,
+    Row,
+    is_data_file,
+    read_file,
+    status_of,
+    stem_of,
+)
+from msmoe.calibration.spans import TokenRecord
+from msmoe.errors import MsmoeWarning, warn
 
-RECORD_SHAPES = ({"source", "target"}, {"text"}, {"input_ids", "labels"})
-NOISE_DENSITY = 0.15
-MEAN_SPAN_LENGTH = 3.0
+KINDS = {
+    "tokens": ("input_ids", "labels"),
+    "pair": ("source", "target"),
+    "text": ("text",),
+    "chat": ("messages",),
+}  # what a record is: the first kind whose fields it has
+MASKS = {"input_ids": "attention_mask", "labels": "decoder_attention_mask"}
+FIELDS = (*(field for fields in KINDS.values() for field in fields), *MASKS.values(), "domain")
+IDENTIFIERS = ("id", "_id", "idx", "index", "guid", "uid")  # of no use here, and no surprise either
 MAX_DOMAINS = 256
 OTHER = "other"  # domain of the records without one, where others have one
+IN_MEMORY = "records in memory"
 
-Data = str | Path | Sequence[str | Path]  # one file or data set, or several
+Columns = Mapping[str, str]  # field of a record -> the column that holds it
+Source = str | Path | Iterable[Mapping[str, Any] | str]  # a file or data set, or records
+Data = Source | Sequence[str | Path]  # or several files or data sets
 
 
-class DataError(UserError):
-    """Calibration or task data that cannot be used; the message names the file and the line."""
+class DataWarning(MsmoeWarning):
+    """Something about the data that changes what is measured and does not stop it."""
 
 
 class Record(dict):
     """One record as read, and where it stands; `domain` is set by `read_calibration`, "" for none."""
 
     place: str
+    kind: str
     domain: str = ""
 
 
-@dataclass(frozen=True)
-class TokenRecord:
-    """One record as token ids, both sequences unpadded."""
+class Records(list[Record]):
+    """Records as read, without the blank ones: `num_skipped` of them; `source` names where they are from."""
 
-    input_ids: list[int]
-    labels: list[int]
+    num_skipped: int = 0
+    source: str = IN_MEMORY
 
 
-def corrupt_spans(
-    token_ids: Sequence[int], *, sentinel_ids: Sequence[int], eos_id: int, rng: np.random.Generator
-) -> TokenRecord:
-    """Mask random spans and ask for them back: the span corruption of T5 (arXiv 1910.10683, section 3.1.4).
+def kind_of(record: Mapping[str, Any]) -> str | None:
+    """Which of the `KINDS` a record is; a field that is null is not there."""
+    return next((kind for kind, fields in KINDS.items() if all(record.get(f) is not None for f in fields)), None)
 
-    15 % of the tokens are masked, in spans of 3 on average; span i is replaced by sentinel i in the input, and
-    the target is each sentinel followed by the tokens it hides.
+
+def read_records(data: Source, *, columns: Columns | None = None) -> Records:
+    """Read the records of one file, data set or sequence; blank ones are skipped and counted.
+
+    A record is `{"source", "target"}`, `{"text"}`, `{"input_ids", "labels"}` (with `attention_mask` and
+    `decoder_attention_mask` where there is padding), or `{"messages"}`. Blank is one whose text, or whose target, is
+    null, empty or white space.
 
     Args:
-        token_ids: at least two tokens, without end-of-sequence token.
-        sentinel_ids: ids of `<extra_id_0>`, `<extra_id_1>`, ...; bounds the number of spans.
-        eos_id: appended to both sequences.
-        rng: source of the span lengths and positions.
+        data: a file (see `read_file`), `-` for standard input, a folder or the name of a data set, perhaps with
+            `:SPLIT`; or the records themselves, a string among them being a text.
+        columns: field -> name of the column that holds it, where that is not the field's own.
 
     Raises:
-        ValueError: if there are fewer than two tokens or no sentinel.
+        DataError: if the data are missing or empty, or one is no such record; the message names the line.
+
+    Warns:
+        DataWarning: for blank records, and for fields that are not used.
     """
-    num_tokens = len(token_ids)
-    if num_tokens < 2:
-        raise ValueError(f"span corruption needs at least 2 tokens, got {num_tokens}")
-    if not sentinel_ids:
-        raise ValueError("span corruption needs a tokenizer with <extra_id_0>, <extra_id_1>, ... tokens")
-    num_noise = min(max(round(num_tokens * NOISE_DENSITY), 1), num_tokens - 1)
-    num_spans = min(max(round(num_noise / MEAN_SPAN_LENGTH), 1), num_tokens - num_noise, len(sentinel_ids))
-    noise_lengths = random_partition(num_noise, num_spans, rng)
-    kept_lengths = random_partition(num_tokens - num_noise, num_spans, rng)
-
-    inputs: list[int] = []
-    targets: list[int] = []
-    position = 0
-    for sentinel, kept, noise in zip(sentinel_ids, kept_lengths, noise_lengths, strict=False):
-        inputs += [*token_ids[position : position + kept], sentinel]
-        position += kept
-        targets += [sentinel, *token_ids[position : position + noise]]
-        position += noise
-    return TokenRecord([*inputs, eos_id], [*targets, eos_id])
-
-
-def random_partition(total: int, num_parts: int, rng: np.random.Generator) -> list[int]:
-    """Split `total` into `num_parts` positive integers, every such split equally likely."""
-    cuts = np.sort(rng.choice(total - 1, size=num_parts - 1, replace=False) + 1)
-    return np.diff(np.concatenate([[0], cuts, [total]])).tolist()
-
-
-def sentinel_ids(tokenizer) -> list[int]:
-    """Ids of `<extra_id_0>`, `<extra_id_1>`, ... in this order; empty if the tokenizer has none."""
-    ids = []
-    while (token_id := tokenizer.convert_tokens_to_ids(f"<extra_id_{len(ids)}>")) not in (None, tokenizer.unk_token_id):
-        ids.append(token_id)
-    return ids
-
-
-def read_records(path: str | Path) -> list[Record]:
-    """Read JSON Lines records, each `{"source", "target"}`, `{"text"}` or `{"input_ids", "labels"}`.
-
-    A string that names no file is taken as a `datasets` data set, `NAME` or `NAME:SPLIT`, with the same columns.
-
-    Raises:
-        DataError: if the file is missing or empty, or a line is no such record; the message names the line.
-    """
-    path = Path(path)
-    if not path.exists() and path.suffix not in (".jsonl", ".json", ".txt"):
-        return read_dataset(str(path))
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: strings may hold U+2028
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    records = [parse_record(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    columns = dict(columns or {})
+    check_columns(columns)
+    name = str(data) if isinstance(data, str | Path) else IN_MEMORY
+    records, unused = Records(), dict[str, None]()
+    records.source = name
+    for place, row in rows_of(data, columns):
+        record = check_record(renamed(row, columns, place), place)
+        if record is None:
+            records.num_skipped += 1
+        else:
+            records.append(record)
+            unused |= dict.fromkeys(unused_fields(record))
     if not records:
-        raise DataError(f"{path} holds no records")
+        blank = f": all {records.num_skipped} are blank" if records.num_skipped else ""
+        raise DataError(f"{name} holds no records{blank}")
+    if records.num_skipped:
+        total = len(records) + records.num_skipped
+        warn(f"{name}: {records.num_skipped} of {total} records are blank: skipped", DataWarning)
+    if unused:
+        warn(f"{name}: fields that are not used: {', '.join(sorted(unused))}", DataWarning)
     return records
 
 
-def read_calibration(data: Data) -> list[Record]:
-    """Read the records of one or several files, in the order given, and name the domain of each.
+def rows_of(data: Source, columns: Columns) -> Iterator[Row]:
+    if isinstance(data, Mapping) or not isinstance(data, Iterable | Path):
+        raise DataError(f"data must be a file, a data set or a list of records, got {type(data).__name__}")
+    if not isinstance(data, str | Path):
+        for i, row in enumerate(data, 1):
+            yield f"record {i}", {"text": row} if isinstance(row, str) else row
+        return
+    fits = lambda names: kind_of({field: "" for field in FIELDS if columns.get(field, field) in names}) is not None
+    path = Path(data)
+    folder, _, split = str(data).rpartition(":")
+    status = status_of(path)
+    if path.is_dir():
+        yield from read_folder(path, "", fits)
+    elif status is not None or str(data) == STANDARD_INPUT or path.suffix == ".gz" or path.suffix.lower() in FORMATS:
+        yield from read_file(path, fits)
+    elif folder and status_of(Path(folder)) is not None and Path(folder).is_dir():
+        yield from read_folder(Path(folder), split, fits)
+    else:
+        yield from named_rows(str(data))
+
+
+def check_columns(columns: Columns) -> None:
+    """Raise `DataError` for a field that no record has."""
+    for field in columns:
+        if field not in FIELDS:
+            raise DataError(f"--columns: {field!r} is no field of a record; choose from {', '.join(FIELDS)}")
+
+
+def renamed(row: Any, columns: Columns, place: str) -> Any:
+    """The row with the fields that `columns` names, in place of their columns."""
+    if not columns or not isinstance(row, Mapping):
+        return row
+    missing = next((column for column in columns.values() if column not in row), None)
+    if missing is not None:
+        raise DataError(f"{place}: no column {missing!r}; there are {', '.join(map(str, row)) or 'none'}")
+    moved = set(columns.values())
+    return {k: v for k, v in row.items() if k not in moved} | {f: row[column] for f, column in columns.items()}
+
+
+def check_record(record: Any, place: str) -> Record | None:
+    """Return the record if it is of one of the `KINDS`, None if it is blank.
+
+    Raises:
+        DataError: naming the place and what is wrong.
+    """
+    shapes = " or ".join("{" + ", ".join(sorted(fields)) + "}" for fields in KINDS.values())
+    if record is None:
+        return None
+    if not isinstance(record, Mapping):
+        raise DataError(f"{place}: expected an object with {shapes}")
+    checked, kind = Record(record), kind_of(record)
+    if kind is None:
+        if all(map(is_blank, record.values())) or any(record.keys() >= set(fields) for fields in KINDS.values()):
+            return None  # nothing in it, or a field of its kind is null
+        raise DataError(
+            f"{place}: expected {shapes}, got {{{', '.join(map(str, record))}}}; --columns says which columns hold them"
+        )
+    checked.place, checked.kind = place, kind
+    for field in KINDS[kind]:
+        check = {"tokens": check_ids, "chat": check_chat}.get(kind, check_text)
+        check(checked, field)
+    return None if is_blank_record(checked) else checked
+
+
+def check_ids(record: Record, field: str) -> None:
+    """Make a field of token ids, and its mask, lists of integers of the same length."""
+    for name in (field, MASKS[field]):
+        value = record.get(name)
+        value = value.tolist() if hasattr(value, "tolist") else value  # type: ignore[union-attr]
+        if value is None and name == MASKS[field]:
+            continue
+        if not isinstance(value, list) or not all(type(i) is int for i in value):
+            raise DataError(f"{record.place}: {name} must be a list of integers")
+        record[name] = value
+    mask = record.get(MASKS[field])
+    if mask is None:
+        return
+    if len(mask) != len(record[field]) or set(mask) - {0, 1}:
+        raise DataError(
+            f"{record.place}: {MASKS[field]} must hold a 0 or 1 for each of the {len(record[field])} {field}"
+        )
+    if 1 in mask and 0 in mask[mask.index(1) : len(mask) - mask[::-1].index(1)]:
+        raise DataError(f"{record.place}: {MASKS[field]} hides tokens between others: leave them out of {field}")
+
+
+def check_text(record: Record, field: str) -> None:
+    value = record[field]
+    if not isinstance(value, str):
+        raise DataError(f"{record.place}: {field} must be a string, got {type(value).__name__}")
+    check_characters(value, f"{record.place}: {field}")
+
+
+def check_chat(record: Record, field: str) -> None:
+    record[field] = check_messages(record[field], record.place)
+    for message in record[field]:
+        check_characters(message["content"], f"{record.place}: {field}")
+
+
+def check_characters(text: str, place: str) -> None:
+    """Raise `DataError` for half a surrogate pair, which JSON may hold and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place} holds half a surrogate pair, \\u{ord(text[error.start]):x}, which is no text"
+        ) from error
+
+
+def is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip()) or value == []
+
+
+def is_blank_record(record: Record) -> bool:
+    if record.kind == "chat":
+        before, answer = conversation(record["messages"])
+        return is_blank(answer) or all(is_blank(m["content"]) for m in before)
+    if record.kind == "tokens":
+        masks = [record.get(mask) for mask in MASKS.values()]
+        return any(is_blank(record[f]) for f in KINDS["tokens"]) or any(m is not None and 1 not in m for m in masks)
+    return any(is_blank(record[field]) for field in KINDS[record.kind])
+
+
+def unused_fields(record: Record) -> set[str]:
+    """Fields that nothing reads; identifiers are nothing to speak of."""
+    masks = MASKS.values() if record.kind == "tokens" else ()
+    given = {str(name) for name, value in record.items() if value is not None}
+    return given - {*KINDS[record.kind], *masks, "domain", *IDENTIFIERS}
+
+
+def read_calibration(data: Data, *, columns: Columns | None = None) -> Records:
+    """Read the records of one or several sources, in the order given, and name the domain of each.
 
     A record's domain is its `domain` field. Without one, or with an empty one, it is the stem of its file if several
     files are given (`a/train`, `b/train` where two of them have the same stem). What is left has no domain if no record
@@ -123,10 +245,13 @@ def read_calibration(data: Data) -> list[Record]:
     Raises:
         DataError: if a file cannot be used, a domain is no string, or there are more than 256 of them.
     """
-    paths = data_paths(data)
-    records = []
-    for path, name in zip(paths, file_domains(paths), strict=True):
-        for record in read_records(path):
+    sources = data_sources(data)
+    records = Records()
+    records.source = join_sources(sources)
+    for source, name in zip(sources, file_domains(sources), strict=True):
+        part = read_records(source, columns=columns)
+        records.num_skipped += part.num_skipped
+        for record in part:
             domain = record.get("domain")
             domain = "" if domain is None else domain
             if not isinstance(domain, str):
@@ -139,143 +264,53 @@ def read_calibration(data: Data) -> list[Record]:
     num_domains = len({record.domain for record in records})
     if num_domains > MAX_DOMAINS:
         raise DataError(
-            f"{join_paths(paths)}: {num_domains} different domains, at most {MAX_DOMAINS} are allowed; was something "
-            "else, such as a URL, taken for a domain?"
+            f"{records.source}: {num_domains} different domains, at most {MAX_DOMAINS} are allowed; was "
+            "something else, such as a URL, taken for a domain?"
         )
     return records
 
 
-def data_paths(data: Data) -> list[str | Path]:
-    """The files of a data argument, in the order given.
+def data_sources(data: Data) -> list[Source]:
+    """The sources of a data argument, in the order given.
+
+    Of a list of strings, each is a file or a data set if all can be: no white space, a file that exists, or the suffix
+    of data. Otherwise each is a text.
 
     Raises:
         DataError: if there is none.
     """
-    paths = [data] if isinstance(data, str | Path) else list(data)
-    if not paths:
-        raise DataError("no calibration data: expected at least one file or data set")
-    return paths
+    if isinstance(data, str | Path | Mapping) or not isinstance(data, Iterable):
+        return [data]  # type: ignore[list-item]
+    items = list(data)
+    if not items:
+        raise DataError("no calibration data: expected at least one file, data set or record")
+    if all(isinstance(item, str | Path) for item in items) and all(map(may_be_source, items)):
+        return items
+    if any(isinstance(item, Path) for item in items):
+        raise DataError("data must be files or records, got both in one list")
+    return [items]
 
 
-def join_paths(paths: Sequence[str | Path]) -> str:
-    return " + ".join(map(str, paths))
+def may_be_source(item: str | Path) -> bool:
+    if isinstance(item, Path) or is_data_file(item):
+        return True
+    return len(item.split()) == 1 or (len(item) < 1024 and "\n" not in item and status_of(Path(item)) is not None)
 
 
-def file_domains(paths: Sequence[str | Path]) -> list[str]:
-    """What records without a domain of their own go by: "" if there is one file only."""
-    if len(paths) == 1:
+def join_sources(sources: Sequence[Source]) -> str:
+    """How messages and statistics name the sources."""
+    return " + ".join(str(s) if isinstance(s, str | Path) else IN_MEMORY for s in sources)
+
+
+def file_domains(sources: Sequence[Source]) -> list[str]:
+    """What records without a domain of their own go by: "" if there is one source only."""
+    if len(sources) == 1:
         return [""]
-    stems = [Path(path).stem for path in paths]
-    if len(set(stems)) == len({str(path) for path in paths}):
+    paths = [Path(str(source)) for source in sources]
+    stems = [stem_of(path) for path in paths]
+    if len(set(stems)) == len(set(paths)):
         return stems
-    return [str(path).removesuffix(Path(path).suffix) for path in paths]
-
-
-def read_dataset(name: str) -> list[Record]:
-    """Records of a `datasets` data set, `NAME` or `NAME:SPLIT` (default split `train`)."""
-    try:
-        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise DataError(f"no file {name}, and data set names need `pip install datasets`") from None
-    repository, _, split = name.partition(":")
-    try:
-        rows = load_dataset(repository, split=split or "train")
-    except Exception as error:  # the library raises many kinds; each means that there is no such data here
-        raise DataError(f"{name} is neither a file nor a data set that can be loaded: {error}") from error
-    return [check_record(dict(row), f"{name}, row {i}") for i, row in enumerate(rows)]
-
-
-def parse_record(line: str, place: str) -> Record:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{place}: not JSON ({error})") from error
-    return check_record(record, place)
-
-
-def check_record(record: object, place: str) -> Record:
-    """Return the record if it has one of the three shapes.
-
-    Raises:
-        DataError: naming the place and what is wrong.
-    """
-    shapes = " or ".join("{" + ", ".join(sorted(shape)) + "}" for shape in RECORD_SHAPES)
-    if not isinstance(record, dict):
-        raise DataError(f"{place}: expected an object with {shapes}")
-    shape = next((shape for shape in RECORD_SHAPES if shape <= record.keys()), None)
-    if shape is None:
-        raise DataError(f"{place}: expected {shapes}, got {{{', '.join(map(str, record))}}}")
-    for key in shape:
-        value = record[key]
-        if key in ("input_ids", "labels"):
-            if not isinstance(value, list) or not all(type(i) is int for i in value):
-                raise DataError(f"{place}: {key} must be a list of integers")
-        elif not isinstance(value, str):
-            raise DataError(f"{place}: {key} must be a string")
-    checked = Record(record)
-    checked.place = place
-    return checked
-
-
-def tokenize(
-    records: Sequence[dict],
-    tokenizer,
-    *,
-    pad_id: int = 0,
-    vocab_size: int | None = None,
-    max_source_length: int = 512,
-    max_target_length: int = 128,
-    seed: int = 0,
-) -> list[TokenRecord]:
-    """Turn records into token ids; `text` records are span-corrupted, each by its own text and the seed.
-
-    Args:
-        records: checked records.
-        tokenizer: a transformers tokenizer; may be None if every record is tokenised already.
-        pad_id: trailing padding of tokenised records is removed.
-        vocab_size: if given, tokenised records must stay below it.
-
-    Raises:
-        DataError: if a record has no token left, an id is out of range, or the tokenizer is missing.
-    """
-    tokenized = []
-    sentinels = sentinel_ids(tokenizer) if any("text" in r for r in records) and tokenizer else []
-    for i, record in enumerate(records, 1):
-        place = getattr(record, "place", f"record {i}")
-        if "input_ids" in record:
-            inputs = strip_trailing(record["input_ids"], pad_id)
-            labels = strip_trailing(record["labels"], -100)
-            ids = (*inputs, *(label for label in labels if label != -100))
-            out_of_range = next((t for t in ids if not 0 <= t < (vocab_size or 2**31)), None)
-            if out_of_range is not None:
-                raise DataError(f"{place}: token id {out_of_range} is outside the vocabulary of {vocab_size}")
-        elif tokenizer is None:
-            raise DataError(f"{place} is text and the checkpoint has no tokenizer: use input_ids and labels")
-        elif "source" in record:
-            inputs = tokenizer(record["source"], truncation=True, max_length=max_source_length).input_ids
-            labels = tokenizer(record["target"], truncation=True, max_length=max_target_length).input_ids
-        else:
-            ids = tokenizer(record["text"], add_special_tokens=False).input_ids[: max_source_length - 1]
-            digest = sha256(record["text"].encode()).digest()
-            rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
-            try:
-                inputs, labels = vars(
-                    corrupt_spans(ids, sentinel_ids=sentinels, eos_id=tokenizer.eos_token_id, rng=rng)
-                ).values()
-            except ValueError as error:
-                raise DataError(f"{place}: {error}") from error
-        inputs, labels = inputs[:max_source_length], labels[:max_target_length]
-        if not inputs or all(label == -100 for label in labels):
-            raise DataError(f"{place} is all padding: no {'input' if not inputs else 'target'} token left")
-        tokenized.append(TokenRecord(list(inputs), list(labels)))
-    return tokenized
-
-
-def strip_trailing(ids: list[int], value: int) -> list[int]:
-    end = len(ids)
-    while end and ids[end - 1] == value:
-        end -= 1
-    return ids[:end]
+    return [str(path.with_name(stem_of(path))) for path in paths]
 
 
 def choose_records(records: list[Record], count: int, *, seed: int) -> list[Record]:
@@ -290,6 +325,12 @@ def digest_records(records: Iterable[dict]) -> str:
     """SHA-256 over the records, whatever their formatting in the file."""
     digest = sha256()
     for record in records:
-        content = json.dumps(record, sort_keys=True, ensure_ascii=False)
+        content = json.dumps(record, sort_keys=True, ensure_ascii=False, default=str)
         digest.update(content.encode(errors="surrogatepass") + b"\n")  # JSON may hold half a surrogate pair
     return digest.hexdigest()
+
+
+__all__ = [
+    "Columns", "Data", "DataError", "DataWarning", "Record", "Records", "Source", "TokenRecord", "choose_records",
+    "digest_records", "kind_of", "read_calibration", "read_records",
+]  # fmt: skip

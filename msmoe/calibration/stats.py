@@ -4,8 +4,6 @@ Shapes: E experts, D d_model, S sampled tokens.
 """
 
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -23,6 +21,8 @@ from msmoe.calibration.records import OTHER
 from msmoe.calibration.sample import TokenSample
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
+from msmoe.files import Output
+from msmoe.places import STATISTICS
 
 FORMAT = "msmoe-stats/1"
 SUMS = ("soft_mass", "router_logits_gram", "input_sum", "input_abs_sum", "input_square_sum")
@@ -228,12 +228,20 @@ class Stats:
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write the statistics directory, complete or not at all.
 
+        Args:
+            force: replace an existing statistics directory.
+
         Raises:
-            UserError: if it exists and `force` is not given, or cannot be written.
+            UserError: if it exists and `force` is not given, is something else, or cannot be written.
         """
-        path = Path(path)
-        if path.exists() and not force:
-            raise UserError(f"{path} exists; use --force to replace it")
+        with Output(path, STATISTICS, force=force) as output:
+            save_file(self._tensors(), output.content / "stats.safetensors")
+            text = json.dumps(self.describe(), indent=1) + "\n"
+            (output.content / "stats.json").write_text(text, encoding="utf-8")
+            output.commit()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What `stats.safetensors` holds."""
         tensors = {}
         for name, layer in self.layers.items():
             for key in (*STORED, *OPTIONAL):
@@ -246,18 +254,7 @@ class Stats:
                 tensors[f"{name}/sample/{key}"] = getattr(sample, key).contiguous()
             tensors[f"{name}/sample/weight"] = sample.weights(layer.dispatched)
             tensors[f"{name}/sample/held_out"] = sample.held_out
-        partial = path.with_name(f"{path.name}.partial")
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            save_file(tensors, partial / "stats.safetensors")
-            (partial / "stats.json").write_text(json.dumps(self.describe(), indent=1) + "\n", encoding="utf-8")
-            if path.exists():
-                shutil.rmtree(path)
-            os.rename(partial, path)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"cannot write {path}: {error}") from error
+        return tensors
 
     @classmethod
     def load(cls, path: str | Path) -> "Stats":

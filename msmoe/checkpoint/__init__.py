@@ -1,6 +1,5 @@
-"""Checkpoints on disk: a lazy safetensors reader and a sharded, atomic, resumable writer."""
+"""Checkpoints on disk: a lazy reader, and in `writer` a sharded, atomic, resumable writer, which alone needs torch."""
 
 from msmoe.checkpoint.reader import Checkpoint, TensorSpec, to_dtype
-from msmoe.checkpoint.writer import CheckpointWriter, write_whole
 
-__all__ = ["Checkpoint", "CheckpointWriter", "TensorSpec", "to_dtype", "write_whole"]
+__all__ = ["Checkpoint", "TensorSpec", "to_dtype"]

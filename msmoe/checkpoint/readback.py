@@ -1,37 +1,39 @@
 """Read a written checkpoint back and compare it with what was computed."""
 
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import safe_open
 from torch import Tensor, uint8
 
+from msmoe.checkpoint.reader import TensorSpec, to_dtype
 from msmoe.errors import UserError
 
 
 def checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(-1).view(uint8).numpy().tobytes())
+    """CRC-32 of a tensor's bytes."""
+    return zlib.crc32(tensor.contiguous().view(-1).view(uint8).numpy().data) if tensor.numel() else 0
 
 
-def verify(folder: Path, checksums: dict[tuple[str, int | None], int]) -> None:
-    """Read tensors, or slices of their leading axis, with the safetensors library and compare their checksums.
+def read_back(folder: Path, written: Mapping[str, tuple[TensorSpec, Mapping[int | None, int]]]) -> None:
+    """Read tensors with the safetensors library and compare dtype, shape and bytes with what was written.
 
     Args:
         folder: checkpoint folder.
-        checksums: (tensor, index or None) -> checksum of what was written.
+        written: name -> what the tensor is, and checksums of its slices by index, of all of it for None.
 
     Raises:
         UserError: if the storage gave back something else.
     """
-    wanted: dict[str, list[tuple[int | None, int]]] = {}
-    for (name, index), value in checksums.items():
-        wanted.setdefault(name, []).append((index, value))
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            for name in wanted.keys() & set(tensors.keys()):
-                for index, value in wanted[name]:
-                    stored = tensors.get_tensor(name) if index is None else tensors.get_slice(name)[index]
-                    if checksum(stored) != value:
-                        raise UserError(
-                            f"{name} read back from {file.name} differs from what was written: check the disk"
-                        )
+            for name in sorted(written.keys() & set(tensors.keys())):
+                spec, slices = written[name]
+                stored = tensors.get_tensor(name) if None in slices else None
+                same = stored is None or (stored.dtype == to_dtype(spec.dtype) and tuple(stored.shape) == spec.shape)
+                for index, crc in slices.items():
+                    part = stored if index is None else tensors.get_slice(name)[index]
+                    same = same and part.dtype == to_dtype(spec.dtype) and checksum(part) == crc
+                if not same:
+                    raise UserError(f"{name} read back from {file.name} differs from what was written: check the disk")

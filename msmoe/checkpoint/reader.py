@@ -1,25 +1,49 @@
-"""Lazy reader of safetensors checkpoints: headers first, tensors one at a time, no mapped file left in memory."""
+"""Lazy reader of checkpoints: headers first, tensors one at a time, no mapped file left in memory.
 
+Opening one needs neither torch nor numpy; reading a tensor does.
+"""
+
+from __future__ import annotations
+
+import io
 import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
-
+from msmoe.checkpoint.source import (
+    download_configuration,
+    hub_id,
+    local_folder,
+    remote_headers,
+    weight_files,
+)
 from msmoe.errors import UserError
+from msmoe.strict_json import read_object
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Stored(NamedTuple):
+    """Bytes of a value, and the name of its torch dtype."""
+
+    itemsize: int
+    torch_name: str
+
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": Stored(8, "float64"), "F32": Stored(4, "float32"), "F16": Stored(2, "float16"),
+    "BF16": Stored(2, "bfloat16"), "I64": Stored(8, "int64"), "I32": Stored(4, "int32"), "I16": Stored(2, "int16"),
+    "I8": Stored(1, "int8"), "U8": Stored(1, "uint8"), "BOOL": Stored(1, "bool"),
 }  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library
-FINGERPRINT_BYTES = 256  # of either end of each tensor
 COPY_BLOCK = 8 * 2**20
 
 
@@ -48,7 +72,15 @@ class Location:
 
 def to_dtype(name: str) -> torch.dtype:
     """Torch dtype of a safetensors dtype name."""
-    return DTYPES[name]
+    import torch
+
+    return getattr(torch, DTYPES[name].torch_name)
+
+
+def wider(*names: str) -> str:
+    """The narrowest float dtype that holds every value of some: float32 for float16 beside bfloat16."""
+    different = sorted(set(names), key=FLOATS.index)
+    return "F32" if set(different) == {"F16", "BF16"} else different[0]
 
 
 def read_header(file: Path) -> dict[str, tuple[TensorSpec, Location]]:
@@ -64,6 +96,8 @@ def read_header(file: Path) -> dict[str, tuple[TensorSpec, Location]]:
             if size < 8 or not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
                 raise UserError(f"{file} is truncated or not a safetensors file ({size} bytes)")
             header = json.loads(stream.read(length))
+    except RecursionError:
+        raise UserError(f"{file} has a corrupted safetensors header") from None
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
     except ValueError as error:
@@ -79,6 +113,8 @@ def read_header(file: Path) -> dict[str, tuple[TensorSpec, Location]]:
             start, stop = entry["data_offsets"]
             if spec.dtype not in DTYPES:
                 raise UserError(f"{file}: tensor {name} has dtype {spec.dtype}; supported are {', '.join(DTYPES)}")
+            if any(type(n) is not int for n in (*spec.shape, start, stop)) or not isinstance(spec.dtype, str):
+                raise UserError(f"{file} has a corrupted header: shape or place of tensor {name} is no integer")
             if start != end or stop - start != spec.num_bytes or min(spec.shape, default=0) < 0:
                 raise UserError(f"{file} has a corrupted header: tensor {name} does not fit its place")
             entries[name] = spec, Location(file, 8 + length + start)
@@ -93,57 +129,60 @@ def read_header(file: Path) -> dict[str, tuple[TensorSpec, Location]]:
 
 
 class Checkpoint:
-    """A folder with `config.json` and safetensors weights, opened lazily.
+    """A folder with `config.json` and weights, opened lazily; or the id of a repository on the hub.
 
     Opening reads headers only. `read` loads one tensor through the file system cache, never through a mapping,
-    so the memory of a tensor is given back with it.
+    so the memory of a tensor is given back with it. Of weights that are tied and stored under several names, as
+    pickles do, the first name counts.
 
     Args:
-        path: folder with `config.json` and `model.safetensors`, or shards and their index.
+        path: folder with `config.json` and `model.safetensors` or `pytorch_model.bin`, or shards and their index; or
+            `OWNER/NAME` or `OWNER/NAME@REVISION` of the hub.
+        headers_only: of a repository on the hub, fetch no weights where their headers can be had alone; nothing can be
+            read then.
 
     Raises:
         UserError: if the folder, its configuration or any weight file cannot be used.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not self.path.is_dir():
-            raise UserError(f"no checkpoint folder at {self.path}")
-        self.config = self._read_json("config.json")
-        self._entries: dict[str, tuple[TensorSpec, Location]] = {}
-        for file in self._weight_files():
-            for name, entry in read_header(file).items():
+    def __init__(self, path: str | Path, *, headers_only: bool = False):
+        self._entries: dict[str, tuple[TensorSpec, Location | Tensor | None]] = {}
+        wanted = hub_id(path)
+        headers = remote_headers(wanted) if headers_only and wanted else None
+        self.path = download_configuration(wanted) if wanted and headers is not None else local_folder(path)
+        self.name = str(path) if wanted else str(self.path)
+        self.is_pickled = False
+        if not (self.path / "config.json").exists():
+            raise UserError(f"{self.path} has no config.json: not a checkpoint folder")
+        self.config = read_object(self.path / "config.json", "a model's configuration")
+        if headers is not None:
+            self._entries = {name: (TensorSpec(name, *header), None) for name, header in headers.items()}
+        else:
+            self._read_headers()
+
+    def _read_headers(self) -> None:
+        weights = weight_files(self.path)
+        self.is_pickled = weights.pickled
+        for file in weights.files:
+            for name, entry in self._entries_of(file).items():
                 if name in self._entries:
-                    raise UserError(f"tensor {name} is stored twice, in {self._entries[name][1].file} and {file}")
+                    raise UserError(f"tensor {name} is stored twice, once in {file}")
                 self._entries[name] = entry
+        missing = sorted(weights.weight_map.keys() - self._entries.keys())
+        if missing:
+            raise UserError(f"{self.path}: the index names tensor {missing[0]}, which no shard holds")
+        if self.is_pickled and self.config.get("tie_word_embeddings", True):
+            from msmoe.checkpoint.pickled import aliases
 
-    def _read_json(self, name: str) -> dict:
-        try:
-            content = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise UserError(f"{self.path} has no {name}: not a checkpoint folder") from error
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.path / name} is not readable JSON") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{self.path / name} must hold a JSON object")
-        return content
+            for name in aliases(self._entries):
+                del self._entries[name]
 
-    def _weight_files(self) -> list[Path]:
-        single, index = self.path / "model.safetensors", self.path / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                names = sorted(set(self._read_json(index.name)["weight_map"].values()))
-            except (KeyError, AttributeError) as error:
-                raise UserError(f"{index} has no weight_map") from error
-            for name in names:
-                if not (self.path / name).is_file():
-                    raise UserError(f"{index.name} names the shard {name}, which is missing from {self.path}")
-            return [self.path / name for name in names]
-        if single.exists():
-            return [single]
-        pickled = next(self.path.glob("*.bin"), None)
-        hint = f" ({pickled.name} is a pickle, which is never read: save it as safetensors first)" if pickled else ""
-        raise UserError(f"{self.path} holds no model.safetensors and no model.safetensors.index.json{hint}")
+    def _entries_of(self, file: Path) -> dict[str, tuple[TensorSpec, Location | Tensor | None]]:
+        if not self.is_pickled:
+            return dict(read_header(file))
+        from msmoe.checkpoint.pickled import read_pickle
+
+        return dict(read_pickle(file))
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -153,7 +192,8 @@ class Checkpoint:
 
     @property
     def model_type(self) -> str:
-        return str(self.config.get("model_type", "unknown"))
+        """Architecture; an `exact` export states its own beside that of the stock class whose tools serve it."""
+        return str(self.config.get("compressed_model_type") or self.config.get("model_type", "unknown"))
 
     @property
     def num_parameters(self) -> int:
@@ -164,6 +204,11 @@ class Checkpoint:
         """Bytes of all tensors, without headers."""
         return sum(spec.num_bytes for spec, _ in self._entries.values())
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files."""
+        return weight_files(self.path).files
+
     def spec(self, name: str) -> TensorSpec:
         try:
             return self._entries[name][0]
@@ -172,19 +217,30 @@ class Checkpoint:
 
     def read(self, name: str, *, index: int | None = None) -> Tensor:
         """Load one tensor, or the slice `index` of its leading axis, in its stored dtype."""
+        import torch
+
         spec = self.spec(name)
-        tensor = torch.empty(spec.shape if index is None else spec.shape[1:], dtype=DTYPES[spec.dtype])
+        place = self._entries[name][1]
+        if isinstance(place, torch.Tensor):
+            return (place if index is None else place[index]).clone(memory_format=torch.contiguous_format)
+        tensor = torch.empty(spec.shape if index is None else spec.shape[1:], dtype=to_dtype(spec.dtype))
         if tensor.numel():
-            location = self._entries[name][1]
             buffer = tensor.view(-1).view(torch.uint8).numpy().data
-            with location.file.open("rb", buffering=0) as stream:
-                stream.seek(location.start + (index or 0) * len(buffer))
+            with self._opened(name, (index or 0) * len(buffer)) as stream:
                 while buffer:
                     count = stream.readinto(buffer)
                     if not count:
-                        raise UserError(f"{location.file} ended while reading {name}")
+                        raise UserError(f"{stream.name} ended while reading {name}")
                     buffer = buffer[count:]
         return tensor
+
+    def read_integers(self, name: str) -> list[int]:
+        """All values of a small tensor of 32 or 64 bit integers; torch is not needed."""
+        spec = self.spec(name)
+        letter = {"I64": "q", "I32": "i"}.get(spec.dtype)
+        if letter is None:
+            raise UserError(f"{name} of {self.path} is {spec.dtype}, expected integers (I64 or I32)")
+        return list(struct.unpack(f"<{spec.num_parameters}{letter}", b"".join(self.blocks(name))))
 
     def read_finite(self, name: str, *, index: int | None = None) -> Tensor:
         """Load one tensor, or the slice `index` of its leading axis, as float32.
@@ -199,26 +255,33 @@ class Checkpoint:
 
     def blocks(self, name: str) -> Iterator[bytes]:
         """The stored bytes of one tensor, in blocks of bounded size."""
-        spec, location = self.spec(name), self._entries[name][1]
-        left = spec.num_bytes
-        with location.file.open("rb", buffering=0) as stream:
-            stream.seek(location.start)
+        place, left = self._entries[name][1], self.spec(name).num_bytes
+        if place is not None and not isinstance(place, Location):
+            import torch
+
+            for part in place.contiguous().view(-1).view(torch.uint8).split(COPY_BLOCK) if left else ():
+                yield part.numpy().tobytes()
+            return
+        with self._opened(name, 0) as stream:
             while left:
                 block = stream.read(min(left, COPY_BLOCK))
                 if not block:
-                    raise UserError(f"{location.file} ended while reading {name}")
+                    raise UserError(f"{stream.name} ended while reading {name}")
                 left -= len(block)
                 yield block
 
+    def _opened(self, name: str, offset: int) -> io.FileIO:
+        """The file that a tensor lies in, at its values."""
+        location = self._entries[name][1]
+        if not isinstance(location, Location):
+            raise ValueError(f"only the headers of {self.name} were fetched: {name} cannot be read")
+        stream = location.file.open("rb", buffering=0)
+        stream.seek(location.start + offset)
+        return stream
+
     @cached_property
     def fingerprint(self) -> str:
-        """Digest that tells checkpoints apart, whatever their sharding: names, dtypes, shapes, ends of each tensor."""
-        digest = sha256()
-        for name in sorted(self._entries):
-            spec, location = self._entries[name]
-            digest.update(f"{name}\0{spec.dtype}\0{spec.shape}\0".encode())
-            with location.file.open("rb", buffering=0) as stream:
-                for offset in (0, max(spec.num_bytes - FINGERPRINT_BYTES, 0)):
-                    stream.seek(location.start + offset)
-                    digest.update(stream.read(min(FINGERPRINT_BYTES, spec.num_bytes)))
-        return f"sha256:{digest.hexdigest()}"
+        """Digest of everything that decides what the model computes, see `msmoe.checkpoint.fingerprint`."""
+        from msmoe.checkpoint.fingerprint import fingerprint
+
+        return fingerprint(self)

@@ -1,13 +1,9 @@
 """Sharded, atomic, resumable writer: the layout is fixed before the first byte, tensors arrive in any order."""
 
-import contextlib
-import errno
-import fcntl
 import json
-import os
 import shutil
-import struct
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -15,135 +11,187 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from msmoe.checkpoint.casting import cast, check_finite, whole_items
+from msmoe.checkpoint.readback import checksum, read_back
 from msmoe.checkpoint.reader import Checkpoint, TensorSpec, to_dtype
+from msmoe.checkpoint.shards import encode_header, plan_shards, write_header
 from msmoe.errors import UserError
+from msmoe.files import Output, explain_os_errors
+from msmoe.places import CHECKPOINT
 
 MAX_SHARD_BYTES = 5 * 10**9
-JOURNAL = ".journal"
-NOTES = ".notes"
-ALIGNMENT = 8
+Slices = dict[int | None, int]  # index along the leading axis, None for all of the tensor -> checksum
 
 
 class CheckpointWriter:
-    """Writes `out` under `out.partial` and renames it when it is complete.
+    """Writes a checkpoint as an `Output`, and reads it back before it gets its name.
 
-    Every tensor's place is known from the start, so the folder's size is the predicted one to the byte. A journal
-    names the tensors already written: a killed process is finished by a new writer with `resume=True`. An error
-    removes the partial folder; an interrupt keeps it.
+    Every tensor's place is known from the start, so the folder's size is the predicted one to the byte. The output's
+    journal names the tensors already written, with checksums: a killed process is finished by a new writer with
+    `resume=True`, which trusts a tensor only if its bytes are what the journal says. An error removes everything; an
+    interrupt keeps it.
 
     Args:
-        out: final folder; must not exist unless `force`.
+        out: final folder; must not exist unless `force`. Or an `Output` that is open already; `force`, `resume` and
+            `inputs` are those it was opened with.
         specs: all tensors that will be written.
         identity: digest of everything that decides the bytes; resuming with another one is refused.
-        force: replace an existing `out`, at the very end.
-        resume: go on with an existing partial folder of the same identity.
+        force: replace an existing checkpoint, at the very end.
+        resume: go on with what a run of the same identity left.
         max_shard_bytes: shards are cut at tensor borders so as not to exceed this, where a tensor allows it.
+        inputs: files and folders that the output must stay apart from.
+        check: called with the complete folder before it gets its name; an error refuses it.
+
+    Attributes:
+        partial: folder in which the checkpoint is made.
+        done: tensors that are written; notes: what `note` and `finish` were told of them.
 
     Raises:
-        UserError: if `out` exists, the disk has too little room, the folder cannot be written, another process
-            is writing it, or the partial folder belongs to another run.
+        UserError: if `out` exists or is no checkpoint, the disk has too little room, the folder cannot be written,
+            another process is writing it, or what is to be resumed belongs to another run.
     """
 
     def __init__(
         self,
-        out: str | Path,
+        out: str | Path | Output,
         specs: Iterable[TensorSpec],
         *,
         identity: str,
         force: bool = False,
         resume: bool = False,
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        inputs: Iterable[str | Path] = (),
+        check: Callable[[Path], None] | None = None,
     ):
-        self.out = Path(out)
-        self.partial = self.out.with_name(self.out.name + ".partial")
         self.specs = {spec.name: spec for spec in specs}
-        self.force = force
         self.done: set[str] = set()
+        self.notes: dict[str, dict] = {}
+        self._check = check
+        self._written: dict[str, Slices] = {}
         self._shards = plan_shards(list(self.specs.values()), max_shard_bytes)
         layout = json.dumps([[s.name, s.dtype, s.shape] for s in self.specs.values()] + [max_shard_bytes])
-        self._identity = sha256(f"{identity}\0{layout}".encode()).hexdigest()
-        if self.out.exists() and not force:
-            raise UserError(f"{self.out} exists; use --force to replace it")
-        with explain_os_errors(self.partial):
-            self._open(resume)
+        digest = sha256(f"{identity}\0{layout}".encode()).hexdigest()
+        opened = isinstance(out, Output)
+        self.output = (
+            out if isinstance(out, Output) else Output(out, CHECKPOINT, force=force, resume=resume, inputs=inputs)
+        )
+        self.out, self.partial = self.output.path, self.output.content
+        try:
+            with explain_os_errors(self.out):
+                self._open(digest)
+        except BaseException as error:
+            if not opened:
+                self.output.__exit__(type(error), error, None)
+            raise
 
-    def _open(self, resume: bool) -> None:
-        journal_file = self.partial / JOURNAL
-        if self.partial.exists() and not resume:
-            with lock_journal(journal_file):
-                shutil.rmtree(self.partial)
-        self.partial.mkdir(parents=True, exist_ok=True)
-        journal_file.touch()
-        self._lock = contextlib.ExitStack()
-        self._journal = self._lock.enter_context(lock_journal(journal_file))
-        text = journal_file.read_text(encoding="utf-8")
-        lines = text.split("\n")[:-1]
-        os.truncate(journal_file, len(text[: text.rfind("\n") + 1].encode()))  # a torn last line is not trusted
-        if lines and lines[0] != self._identity:
-            self._lock.close()
-            raise UserError(f"{self.partial} was left by a run with other inputs; remove it or run without --resume")
-        self.done = set(lines[1:]) & self.specs.keys()
-        self.notes = self._read_notes()
+    def _open(self, identity: str) -> None:
+        records = [record for record in self.output.records if "commit" not in record]
+        if records and records[0] != {"identity": identity}:
+            self.output.keep = True
+            raise UserError(
+                f"{self.output.partial} was left by a run with other inputs; remove it or run without --resume"
+            )
+        self._places = self._lay_out()
+        for record in records[1:]:
+            self._take_over(record)
         needed = sum(spec.num_bytes for name, spec in self.specs.items() if name not in self.done)
         free = shutil.disk_usage(self.partial).free
         if needed > free:
-            if self.done:
-                self._lock.close()
-            else:
-                self._abort()
+            self.output.keep = bool(self.done)
             raise UserError(f"{self.out} needs {needed:,} bytes, the disk has {free:,} free")
-        if not lines:
-            self._append(self._identity)
-        self._places: dict[str, tuple[Path, int]] = {}
+        if not records:
+            self.output.record({"identity": identity})
         for file_name, names in self._shards.items():
-            header = encode_header([self.specs[name] for name in names])
-            path, offset = self.partial / file_name, len(header)
-            path.touch()
-            with path.open("r+b") as stream:
-                stream.write(header)
-                for name in names:
-                    self._places[name] = path, offset
-                    offset += self.specs[name].num_bytes
-                stream.truncate(offset)
+            write_header(self.partial / file_name, [self.specs[name] for name in names])
 
-    def _read_notes(self) -> dict[str, dict]:
-        try:
-            lines = (self.partial / NOTES).read_text(encoding="utf-8").split("\n")[:-1]
-        except FileNotFoundError:
-            return {}
-        os.truncate(self.partial / NOTES, len("".join(f"{line}\n" for line in lines).encode()))
-        return dict(json.loads(line) for line in lines)
+    def _lay_out(self) -> dict[str, tuple[Path, int]]:
+        """Name -> file and offset of every tensor."""
+        places = {}
+        for file_name, names in self._shards.items():
+            offset = len(encode_header([self.specs[name] for name in names]))
+            for name in names:
+                places[name] = self.partial / file_name, offset
+                offset += self.specs[name].num_bytes
+        return places
+
+    def _take_over(self, record: dict) -> None:
+        """Trust a record of a dead process if the bytes of all its tensors are there."""
+        tensors: dict[str, Slices] = {name: dict(slices) for name, slices in record.get("tensors", {}).items()}
+        if all(name in self.specs and self._holds(name, slices) for name, slices in tensors.items()):
+            self.done |= tensors.keys()
+            self.notes |= record.get("notes", {})
+
+    def _holds(self, name: str, slices: Slices) -> bool:
+        """Whether the bytes of a tensor are those of some checksums."""
+        path, start = self._places[name]
+        if not path.is_file():
+            return False
+        whole = self.specs[name].num_bytes
+        size = whole if None in slices else whole // max(len(slices), 1)
+        with path.open("rb") as stream:
+            return all(
+                zlib.crc32(read_at(stream, start + (index or 0) * size, size)) == crc for index, crc in slices.items()
+            )
 
     def note(self, key: str, content: dict) -> None:
         """Keep something about the work until the folder is complete, also over a kill; see `notes`."""
-        with (self.partial / NOTES).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps([key, content]) + "\n")
+        self.output.record({"notes": {key: content}})
         self.notes[key] = content
 
-    def _append(self, line: str) -> None:
-        os.write(self._journal, f"{line}\n".encode())
-
-    def write(self, name: str, tensor: Tensor, *, index: int | None = None) -> None:
+    def write(self, name: str, tensor: Tensor, *, index: int | None = None, finish: bool = True) -> int:
         """Store a tensor, or the slice `index` of its leading axis, cast to the tensor's dtype.
 
-        A sliced tensor counts as written only after `finish(name)`.
+        A sliced tensor counts as written only after `finish(name)`, and so does a whole one without `finish`.
+
+        Returns:
+            checksum of the stored bytes.
+
+        Raises:
+            UserError: if a value is not finite, or cannot be held by the dtype.
         """
         spec = self.specs[name]
         expected = spec.shape if index is None else spec.shape[1:]
         if tuple(tensor.shape) != tuple(expected):
             raise ValueError(f"{name} is laid out as {expected}, got {tuple(tensor.shape)}")
-        stored = tensor.detach().to("cpu", to_dtype(spec.dtype)).contiguous()
+        stored = cast(name, tensor.detach().cpu(), to_dtype(spec.dtype)).contiguous()
         raw = stored.view(-1).view(torch.uint8).numpy().data if stored.numel() else memoryview(b"")
         self._write_at(name, (index or 0) * len(raw), [raw])
-        if index is None:
-            self.finish(name)
+        return self._wrote(name, index, checksum(stored), finish=finish)
 
     def copy(self, name: str, source: Checkpoint, source_name: str, *, index: int | None = None) -> None:
-        """Copy a tensor's bytes from another checkpoint without decoding them."""
-        size = source.spec(source_name).num_bytes
-        self._write_at(name, (index or 0) * size, source.blocks(source_name))
-        if index is None:
+        """Copy a tensor from another checkpoint: its bytes where the dtypes are the same, else its values, cast.
+
+        Raises:
+            UserError: if the shapes differ, a value is not finite, or cannot be held by the dtype.
+        """
+        spec, given = self.specs[name], source.spec(source_name)
+        expected = spec.shape if index is None else spec.shape[1:]
+        if tuple(given.shape) != tuple(expected):
+            shapes = f"{tuple(given.shape)}, where {tuple(expected)} is needed"
+            raise UserError(f"tensor {source_name} of {source.path} has shape {shapes}")
+        if given.dtype != spec.dtype:
+            self.write(name, source.read(source_name), index=index)
+            return
+        crc = 0
+
+        def checked() -> Iterator[bytes]:
+            nonlocal crc
+            for block in whole_items(source.blocks(source_name), to_dtype(spec.dtype).itemsize):
+                check_finite(torch.frombuffer(bytearray(block), dtype=to_dtype(spec.dtype)), source_name, source.path)
+                crc = zlib.crc32(block, crc)
+                yield block
+
+        self._write_at(name, (index or 0) * given.num_bytes, checked())
+        self._wrote(name, index, crc, finish=True)
+
+    def _wrote(self, name: str, index: int | None, crc: int, *, finish: bool) -> int:
+        slices = self._written.setdefault(name, {})
+        for replaced in [None] if index is not None else list(slices):
+            slices.pop(replaced, None)
+        slices[index] = crc
+        if index is None and finish:
             self.finish(name)
+        return crc
 
     def _write_at(self, name: str, offset: int, blocks: Iterable[bytes | memoryview]) -> None:
         path, start = self._places[name]
@@ -154,10 +202,20 @@ class CheckpointWriter:
                 while view:
                     view = view[stream.write(view) :]
 
-    def finish(self, name: str) -> None:
-        """Record a tensor as completely written."""
-        self._append(name)
-        self.done.add(name)
+    def finish(self, *names: str, notes: dict[str, dict] | None = None) -> None:
+        """Record tensors as completely written, and what there is to say about them, at once.
+
+        Raises:
+            ValueError: if a slice of one was never written.
+        """
+        for name in names:
+            slices = self._written.get(name, {})
+            if None not in slices and len(slices) != self.specs[name].shape[0]:
+                raise ValueError(f"{name} has {self.specs[name].shape[0]} slices, of which {len(slices)} were written")
+        tensors = {name: list(self._written[name].items()) for name in names}
+        self.output.record({"tensors": tensors, "notes": notes or {}})
+        self.done |= set(names)
+        self.notes |= notes or {}
 
     def write_text(self, name: str, text: str) -> None:
         (self.partial / name).write_text(text, encoding="utf-8")
@@ -166,10 +224,11 @@ class CheckpointWriter:
         shutil.copyfile(file, self.partial / file.name)
 
     def commit(self) -> None:
-        """Give the complete folder its final name.
+        """Read back what was written, and give the complete folder its final name.
 
         Raises:
             ValueError: if a tensor was never written.
+            UserError: if the storage gave back something else, or something appeared under the name meanwhile.
         """
         missing = self.specs.keys() - self.done
         if missing:
@@ -179,105 +238,22 @@ class CheckpointWriter:
             total = sum(spec.num_bytes for spec in self.specs.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             self.write_text("model.safetensors.index.json", json.dumps(index, indent=1))
-        for path in self.partial.iterdir():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-        (self.partial / JOURNAL).unlink()
-        (self.partial / NOTES).unlink(missing_ok=True)
-        replaced = self.out.with_name(self.out.name + ".replaced")
-        if self.out.exists():
-            if not self.force:
-                raise UserError(f"{self.out} appeared while it was being written; use --force to replace it")
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.rename(self.out, replaced)
-        os.rename(self.partial, self.out)
-        shutil.rmtree(replaced, ignore_errors=True)
-        self._lock.close()
-
-    def _abort(self) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self._lock.close()
+        read_back(self.partial, {name: (self.specs[name], slices) for name, slices in self._written.items()})
+        if self._check is not None:
+            self._check(self.partial)
+        self.output.commit()
 
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is None:
-            with explain_os_errors(self.out):
-                self.commit()
-        elif isinstance(error, Exception):
-            self._abort()
-            if isinstance(error, OSError):
-                with explain_os_errors(self.out):
-                    raise error
-        else:
-            self._lock.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if error is not None:
+            self.output.__exit__(kind, error, trace)
+            return
+        with self.output, explain_os_errors(self.out):
+            self.commit()
 
 
-@contextlib.contextmanager
-def lock_journal(path: Path):
-    """Hold the journal against a second writer of the same folder; yields its descriptor, opened to append."""
-    path.touch()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is writing {path.parent}") from None
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file beside its name and rename it: the old content or the new, never half.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
-    partial = path.with_name(f"{path.name}.partial")
-    with explain_os_errors(path):
-        try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
-
-
-@contextlib.contextmanager
-def explain_os_errors(path: Path):
-    """Turn an operating system's refusal to write into one clear line."""
-    try:
-        yield
-    except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        raise UserError(f"cannot write {path}: {reason}") from error
-
-
-def plan_shards(specs: list[TensorSpec], max_shard_bytes: int) -> dict[str, list[str]]:
-    """File name -> tensor names, in order; one `model.safetensors` if everything fits."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for spec in specs:
-        if groups[-1] and size + spec.num_bytes > max_shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(spec.name)
-        size += spec.num_bytes
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
-
-
-def encode_header(specs: list[TensorSpec]) -> bytes:
-    """Length-prefixed safetensors header for tensors stored one after the other."""
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for spec in specs:
-        end = offset + spec.num_bytes
-        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
+def read_at(stream, start: int, size: int) -> bytes:
+    stream.seek(start)
+    return stream.read(size)

@@ -1,64 +1,47 @@
-"""The `msmoe` command: parse, call, print. One file per subcommand."""
+"""The `msmoe` command: parse, call, print. One file per subcommand.
 
-import importlib
+This file imports nothing that takes time, so that a signal is heard from the first moment.
+"""
+
 import sys
+from typing import Any
 
-import click
-
-from msmoe.errors import UserError
-
-COMMANDS = (
-    "inspect", "profile", "plan", "apply", "factorize", "recover", "compress", "evaluate", "compare", "report",
-    "methods", "demo",
-)  # fmt: skip
-
-
-class LazyGroup(click.Group):
-    """Imports a subcommand when it is asked for."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        return getattr(importlib.import_module(f"msmoe.cli.{cmd_name}"), "command")  # noqa: B009
-
-
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="msmoe")
-def app() -> None:
-    """Make Mixture-of-Experts checkpoints small: profile, plan, apply, evaluate.
-
-    \b
-    msmoe demo                                                     see all of it on a small trained checkpoint
-    msmoe compress CKPT --data calibration.jsonl --experts 8 --out DIR    do all of it on yours
-
-    A mistake in the input ends with exit code 2 and one line; --debug, anywhere, shows the traceback.
-    """
+COMMANDS = {  # in the order of the help, each with its line in it
+    "inspect": "Show architecture, MoE layers, experts, parameters and bytes.",
+    "convert": "Write a checkpoint as safetensors: from pickled weights, or in shards of another size.",
+    "profile": "Record how often the router activates each expert on calibration data, and all that planning needs.",
+    "plan": "Decide which experts are kept and what becomes of the others.",
+    "apply": "Carry out a plan: write the compressed checkpoint, a few experts in memory at a time.",
+    "factorize": "Store each expert matrix as low rank plus a few rows: smaller on disk and in memory.",
+    "recover": "Train a compressed checkpoint to do what the original did: fine-tuning with distillation.",
+    "compress": "Profile, plan and apply in one go.",
+    "evaluate": "Measure a checkpoint on tasks, with 95 % bootstrap intervals.",
+    "compare": "Compare methods at the same stored bytes on the same calibration data and tasks, in one table.",
+    "report": "Show what statistics, plans, checkpoints and results say: a page to read, figures for a paper.",
+    "methods": "List every method with one line and its source, and the choices that a plan has.",
+    "demo": "The whole story on the embedded checkpoint: profile, plan, apply, factorise, recover, evaluate, report.",
+}
 
 
 def main() -> None:
-    """Entry point of the command."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
-    try:
-        code = app.main(args=arguments, prog_name="msmoe", standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        sys.exit(2)
-    except (UserError, click.ClickException) as error:
-        if debug:
-            raise
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        click.echo(f"msmoe: {' '.join(message.split())}", err=True)
-        sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("msmoe: interrupted", err=True)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)
+    """Entry point of the command; ends the process with its exit code."""
+    from msmoe.cli.signals import interruptible
+
+    interruptible(run)
 
 
-__all__ = ["app", "main"]
+def run() -> None:
+    from msmoe.cli.group import run_command
+
+    run_command(sys.argv[1:])
+
+
+def __getattr__(name: str) -> Any:
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from msmoe.cli.group import app
+
+    return app
+
+
+__all__ = ["COMMANDS", "app", "main"]

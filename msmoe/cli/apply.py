@@ -9,6 +9,11 @@ from msmoe.cli.factorize import rank_table
 from msmoe.cli.options import APPLY_OPTIONS, add_options, checkpoint_argument, json_option, parse_size
 from msmoe.units import human_bytes
 
+ERROR_MEANING = (
+    "error: relative output error, squared, of the refitted groups on held-out tokens, each weighed by the calibration "
+    "tokens that it stands for; 100 % is as far off as no output"
+)
+
 
 @click.command("apply")
 @checkpoint_argument
@@ -40,7 +45,7 @@ def command(
 
 
 def print_report(report, *, as_json: bool) -> None:
-    """Per layer: groups merged, neurons moved, held-out error before and after refit, drop rates, router fit.
+    """Per layer: groups merged, neurons moved, relative output error before and after refit, drop rates, router fit.
 
     Args:
         report: `msmoe.ApplyReport`.
@@ -60,30 +65,31 @@ def print_report(report, *, as_json: bool) -> None:
             }
         )
         return
+    from msmoe.layer_errors import refit_errors
+
     out = console()
     rows = table(
-        "layer", "merged groups", "neurons moved", "error", "refit error", "dropped", "dropped now", "router agrees"
-    )
+        "layer", "merged groups", "neurons moved", "error before refit", "after refit", "dropped", "dropped now",
+        "router agrees",
+    )  # fmt: skip
+    errors = refit_errors(report.groups)
     for name in dict.fromkeys([g["layer"] for g in report.groups] + list(report.routers)):
         groups = [g for g in report.groups if g["layer"] == name]
         moved = [match["share_moved"] for g in groups for match in g.get("alignment", {}).values()]
-        refits = [g["refit"] for g in groups if g.get("refit", {}).get("error_before") is not None]
-        held_out = sum(r["num_held_out"] for r in refits)
-        before = sum(r["error_before"] * r["num_held_out"] for r in refits) / held_out if held_out else None
-        after = sum(r["error_after"] * r["num_held_out"] for r in refits) / held_out if held_out else None
         drop = report.drop_rates.get(name)
         router = report.routers.get(name)
         rows.add_row(
             name,
             str(len(groups)),
             f"{sum(moved) / len(moved):.0%}" if moved else "-",
-            f"{before:.3f}" if before is not None else "-",
-            f"{after:.3f}" if after is not None else "-",
+            *([f"{error:.1%}" for error in errors[name]] if name in errors else ["-", "-"]),
             f"{drop[0]:.2%}" if drop else "-",
             f"{drop[1]:.2%}" if drop else "-",
             f"{router.agreement:.1%}" if router else "-",
         )
     out.print(rows)
+    if errors:
+        out.print(ERROR_MEANING)
     if report.factors:
         out.print(rank_table(report.factors.matrices))
     size = f"{report.num_bytes:,} bytes ({human_bytes(report.num_bytes)})"

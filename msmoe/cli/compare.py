@@ -3,19 +3,33 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from msmoe.cli.console import console, print_json, progress, table
-from msmoe.cli.options import AT_LEAST_ONE, checkpoint_argument, force_option, json_option
-from msmoe.units import human_bytes
+from msmoe.cli.options import (
+    AT_LEAST_ONE,
+    DATA_FORMATS,
+    checkpoint_argument,
+    columns_option,
+    device_option,
+    dtype_option,
+    force_option,
+    json_option,
+)
 
-RECOVERY_NAMES = ("learning_rate", "batch_size", "kd_weight", "hidden_weight")
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+COST_TITLE = "Cost; in brackets: times that of the full model, measured in the same process in turns"
+GAP = 2  # blanks between columns
 
 
 @click.command("compare")
 @checkpoint_argument
-@click.option("--data", required=True, help="Calibration data: a JSON Lines file, or a datasets name.")
+@click.option("--data", required=True, help=f"Calibration data: {DATA_FORMATS.replace('- for standard input; ', '')}.")
 @click.option("--tasks", required=True, multiple=True, help="Task file, or a folder of them (repeatable).")
 @click.option(
     "--methods",
@@ -57,13 +71,16 @@ RECOVERY_NAMES = ("learning_rate", "batch_size", "kd_weight", "hidden_weight")
 @click.option("--batch-size", type=AT_LEAST_ONE, default=16, show_default=True, help="Of the recovery.")
 @click.option("--kd-weight", type=float, default=0.2, show_default=True, help="Distillation in the recovery's loss.")
 @click.option("--hidden-weight", type=float, default=0.0, show_default=True, help="Hidden states in that loss.")
+@columns_option
+@device_option
+@dtype_option
 @force_option
 @json_option
 def command(
     checkpoint: Path, data: str, tasks: tuple[str, ...], methods: str, experts: str, recover_steps: str,
     recover_data: str | None, seeds: int, out: Path, resume: bool, processes: int, samples: int, token_sample: int,
     max_examples: int | None, metric: str | None, keep_layers: tuple[str, ...], cost: bool, force: bool, as_json: bool,
-    **recovery,
+    columns: dict[str, str] | None, device: str, dtype: str, **recovery,
 ) -> None:  # fmt: skip
     """Compare methods at the same stored bytes on the same calibration data and tasks, in one table.
 
@@ -86,7 +103,8 @@ def command(
             recover_steps=tuple(split(recover_steps, int, "--recover-steps")), recover_data=recover_data,
             seeds=tuple(range(seeds)), processes=processes, samples=samples, token_sample=token_sample,
             max_examples=max_examples, explicit_metric=metric is not None, keep_layers=keep_layers or None, cost=cost,
-            resume=resume, force=force, recovery=recovery, progress=update, **options,
+            resume=resume, force=force, recovery=recovery, columns=columns, device=device, dtype=dtype,
+            progress=update, tell=lambda text: click.echo(f"msmoe: {text}", err=True), **options,
         )  # fmt: skip
     written = write_all(results, out, force=True)
     if as_json:
@@ -129,40 +147,51 @@ def print_results(results: dict) -> None:
     from msmoe.compare.summary import LABELS
 
     summary, out = summarise(results), console()
+    columns = summary.columns()
     for size in summary.sizes:
-        columns = summary.columns()
-        rows = table(*LABELS, *[column.heading for column in columns], title=size.title)
+        rows = []
         for row in size.rows:
             cells = [row.cell(column) for column in columns]
-            rows.add_row(*map(Text, row.labels), *[Text(c.text, style="bold" if c.is_best else "") for c in cells])
-        out.print(rows)
-        out.print()
+            rows.append([*map(Text, row.labels), *[Text(c.text, style="bold" if c.is_best else "") for c in cells]])
+        print_wide(out, size.title, [*LABELS, *[column.heading for column in columns]], rows)
     if results["cost"]:
-        out.print(cost_table(results["cost"]))
-        out.print()
+        print_wide(out, COST_TITLE, *cost_rows(results["cost"]))
     for line in (*summary.legend, *(f"warning: {text}" for text in summary.warnings)):
         out.print(line, markup=False)
 
 
-def cost_table(costs: dict) -> "object":
-    """FLOPs, throughput, latency and memory, each beside the full model that took turns with it."""
-    rows = table(
-        "method / experts", "MFLOP/token", "x full", "prefill tokens/s", "x full", "p50 ms", "p95 ms", "x full",
-        "generated tokens/s", "x full", "p50 ms", "p95 ms", "x full", "peak memory", "x full", title="Cost",
-    )  # fmt: skip
-    for name, own in costs.items():
-        full, cells = own["full"], [f"{own['flops_per_token'] / 1e6:.2f}", ratio(own, own["full"], "flops_per_token")]
-        for stage in ("prefill", "generation"):
-            mine, theirs = own[stage], full[stage]
-            cells += [
-                f"{mine['tokens_per_second']:,.0f}", ratio(mine, theirs, "tokens_per_second"),
-                f"{1e3 * mine['p50_seconds']:.1f}", f"{1e3 * mine['p95_seconds']:.1f}",
-                ratio(mine, theirs, "p50_seconds"),
-            ]  # fmt: skip
-        cells += [human_bytes(own["peak_memory_bytes"]), ratio(own, full, "peak_memory_bytes")]
-        rows.add_row(name, *cells)
-    return rows
+def print_wide(out: "Console", title: str, headings: list[str], rows: list[list["Text"]]) -> None:
+    """A table; where it is wider than the console, as several below one another, each with the first column."""
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    for part, chosen in enumerate(fitting(widths, out.width)):
+        grid = table(*[headings[i] for i in chosen], title=title if part == 0 else f"{title}, continued")
+        for row in rows:
+            grid.add_row(*[row[i] for i in chosen])
+        out.print(grid)
+        out.print()
 
 
-def ratio(own: dict, full: dict, key: str) -> str:
-    return f"{own[key] / full[key]:.2f}"
+def fitting(widths: list[int], room: int) -> list[list[int]]:
+    """Columns of each table: the first one, and as many of the others as fit beside it, at least one."""
+    first, tables, used = widths[0], [[0]], widths[0]
+    for i, width in enumerate(widths[1:], start=1):
+        if used + GAP + width > room and len(tables[-1]) > 1:
+            tables.append([0])
+            used = first
+        tables[-1].append(i)
+        used += GAP + width
+    return tables
+
+
+def cost_rows(costs: dict) -> tuple[list[str], list[list["Text"]]]:
+    """Headings and rows of the cost table: every measure, and in brackets what it is times the full model's."""
+    from rich.text import Text
+
+    from msmoe.analysis.cost_tables import MEASURES, value
+
+    rows = []
+    for name, entry in costs.items():
+        pairs = [(value(entry, keys), value(entry["full"], keys), factor) for _, keys, factor in MEASURES]
+        cells = [f"{own * factor:,.4g} ({own / full:.2f})" for own, full, factor in pairs]
+        rows.append([Text(name), *map(Text, cells)])
+    return ["method / experts", *[heading for heading, _, _ in MEASURES]], rows

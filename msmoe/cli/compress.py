@@ -8,11 +8,11 @@ from msmoe.cli.apply import print_report
 from msmoe.cli.console import console, progress, usage_table
 from msmoe.cli.options import (
     APPLY_OPTIONS,
+    DATA_FORMATS,
     FACTOR_OPTIONS,
     PLAN_OPTIONS,
     PROFILE_OPTIONS,
     add_options,
-    check_output,
     checkpoint_argument,
     choices_of,
     json_option,
@@ -21,13 +21,14 @@ from msmoe.cli.options import (
 )
 from msmoe.cli.plan import print_plan
 from msmoe.cli.profile import warn_unused
+from msmoe.places import CHECKPOINT, check_place
 
 FISHER_RECORDS = 64  # for methods that need them, unless --fisher says otherwise
 
 
 @click.command("compress")
 @checkpoint_argument
-@click.option("--data", required=True, help="Calibration data: a JSON Lines file, or a datasets name.")
+@click.option("--data", required=True, help=f"Calibration data: {DATA_FORMATS}.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to write.")
 @click.option("--method", default="m-smoe-refit", show_default=True, help="A row of `msmoe methods`.")
 @add_options(PLAN_OPTIONS)
@@ -39,8 +40,9 @@ FISHER_RECORDS = 64  # for methods that need them, unless --fisher says otherwis
 @json_option
 def command(
     checkpoint: Path, data: str, out: Path, method: str, samples: int, batch_size: int, token_sample: int,
-    gradients: bool, fisher: int, device: str, max_source_length: int, max_target_length: int, export: str, router: str,
-    max_shard_size: str, force: bool, resume: bool, dry_run: bool, seed: int, as_json: bool, **options,
+    gradients: bool, fisher: int, device: str, dtype: str, columns: dict[str, str] | None, max_source_length: int,
+    max_target_length: int, export: str, router: str, max_shard_size: str, force: bool, resume: bool, dry_run: bool,
+    seed: int, as_json: bool, **options,
 ) -> None:  # fmt: skip
     """Profile, plan and apply in one go. The plan stays in the output as plan.json.
 
@@ -55,7 +57,7 @@ def command(
     from msmoe.planning import check_request, plan
 
     if not dry_run:
-        check_output(out, force=force)
+        check_place(out, CHECKPOINT, force=force, inputs=[checkpoint, data])
     shard_bytes = parse_size(max_shard_size)
     source = Checkpoint(checkpoint)
     choices = choices_of(options)
@@ -64,7 +66,7 @@ def command(
     with progress("profiling") as update:
         stats = profile(
             checkpoint, data, samples=samples, batch_size=batch_size, token_sample=token_sample, seed=seed,
-            gradients=gradients or "weight gradients" in needed, device=device,
+            gradients=gradients or "weight gradients" in needed, device=device, dtype=dtype, columns=columns,
             fisher=fisher or (FISHER_RECORDS if "output gradients" in needed else 0),
             max_source_length=max_source_length, max_target_length=max_target_length, progress=update,
         )  # fmt: skip

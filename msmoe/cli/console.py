@@ -2,19 +2,29 @@
 
 import contextlib
 import json
+import os
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
+
+import msmoe
+from msmoe.errors import MsmoeWarning
+from msmoe.imports import when_imported
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-def console() -> Console:
+def console() -> "Console":
     """Console on stdout; a file or a pipe gets lines as long as they need to be."""
+    from rich.console import Console
+
     out = Console(highlight=False)
     return out if out.is_terminal else Console(highlight=False, width=200)
 
@@ -22,7 +32,16 @@ def console() -> Console:
 @contextlib.contextmanager
 def progress(label: str) -> Iterator[Callable[..., None]]:
     """Progress bar on stderr, off when stderr is no terminal; yields `update(done, total, note="")`."""
-    silence_transformers()
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -42,20 +61,49 @@ def progress(label: str) -> Iterator[Callable[..., None]]:
         yield update
 
 
+def quieten_transformers() -> None:
+    """No progress bars and no advice of the library between our own lines, from the moment when it is imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    when_imported("transformers.utils.logging", silence_transformers)
+
+
 def silence_transformers() -> None:
-    """No progress bars and no advice of the library between our own lines."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
 
+@contextlib.contextmanager
+def print_warnings_as_lines(*, everything: bool = False) -> Iterator[None]:
+    """Print the package's warnings as lines on stderr, those of libraries not at all.
+
+    Args:
+        everything: print all warnings as Python does.
+    """
+    if everything:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", MsmoeWarning)
+        warnings.showwarning = show_warning
+        yield
+
+
+def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """In the place of `warnings.showwarning`."""
+    if issubclass(category, MsmoeWarning) or Path(filename).is_relative_to(Path(msmoe.__file__).parent):
+        click.echo(f"msmoe: warning: {' '.join(str(message).split())}", err=True)
+
+
 def print_json(content: object) -> None:
-    click.echo(json.dumps(content, indent=1))
+    click.echo(json.dumps(content, indent=1, allow_nan=False))
 
 
-def table(*columns: str, title: str | None = None) -> Table:
+def table(*columns: str, title: str | None = None) -> "Table":
     """Table whose first column is text and whose others are numbers, right-aligned."""
+    from rich.table import Table
+
     result = Table(
         title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
@@ -64,12 +112,14 @@ def table(*columns: str, title: str | None = None) -> Table:
     return result
 
 
-def usage_table(stats) -> Table:
+def usage_table(stats) -> "Table":
     """Per-layer expert usage: one bar per expert, entropy, the largest share, dropped tokens.
 
     Args:
         stats: `msmoe.Stats`.
     """
+    from rich.text import Text
+
     from msmoe.usage import entropy
 
     result = table("layer", "tokens", "dropped", "largest", "entropy", "unused", title="Expert usage (routed tokens)")

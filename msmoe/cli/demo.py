@@ -20,6 +20,14 @@ from msmoe.units import human_bytes
 
 METRICS = "exact_match,macro_f1,loss"
 EXPERT_SHARE = 0.3  # of the bytes of the merged experts, for the factorised ones
+NAMES = ["original", "merged", "MC-SMoE"]
+LEGEND = (
+    "original: the embedded checkpoint. merged: its experts merged, step 3. MC-SMoE: merged, factorised and recovered, "
+    "steps 5 and 6. majority: share of the most frequent answer, which saying always the same would score. In "
+    "brackets: 95 % interval over the examples. Loss: per token, lower is better; recovery trains on text, so that a "
+    "loss on text may fall below the original's."
+)
+SOURCE_WIDTH = 60  # characters of a question
 RECOVERY: dict[str, Any] = {"learning_rate": 5e-4, "hidden_weight": 3.0}
 
 
@@ -114,7 +122,8 @@ def command(
     echo("\n[bold]7. Evaluate[/bold] the three checkpoints on held-out data, one core each")
     checkpoints = [CHECKPOINT, compressed, recovered]
     results = evaluate_all(checkpoints, folder, samples=samples)
-    print_comparison(results, [experts_of(path) for path in checkpoints], ["original", "merged", "MC-SMoE"])
+    print_comparison(results, [experts_of(path) for path in checkpoints], NAMES)
+    print_answers(checkpoints)
 
     echo("\n[bold]8. Report[/bold]")
     page = folder / "report.html"
@@ -147,7 +156,8 @@ def reload_elsewhere(compressed: Path, folder: Path) -> tuple[float, str]:
 
     from msmoe.calibration.batches import collate
     from msmoe.calibration.profile import load_tokenizer
-    from msmoe.calibration.records import read_records, tokenize
+    from msmoe.calibration.records import read_records
+    from msmoe.calibration.tokenization import tokenize
     from msmoe.demo import CHECKPOINT, TASKS
     from msmoe.demo import __file__ as here
     from msmoe.errors import UserError
@@ -242,4 +252,27 @@ def print_comparison(results: list[list[dict]], experts: list[str], names: list[
         rows.add_row(name, "" if share is None else f"{share:.3f}", *[interval(record, metric) for record in records])
     rows.add_row("seconds to evaluate", "", *[f"{sum(r['seconds'] for r in records):.1f}" for records in results])
     rows.add_row("peak memory", "", *[human_bytes(max(r["peak_memory_bytes"] for r in records)) for records in results])
+    console().print(rows)
+    console().print(LEGEND, style="dim")
+
+
+def print_answers(checkpoints: list[Path]) -> None:
+    """The answers of the checkpoints to the first question of every task, side by side."""
+    from rich.text import Text
+
+    from msmoe.demo import TASKS
+    from msmoe.demo.answers import answers, first_questions
+
+    questions = first_questions(sorted(TASKS.glob("*.jsonl")))
+    with progress("answering") as update:
+        given = []
+        for done, checkpoint in enumerate(checkpoints, 1):
+            given.append(answers(checkpoint, questions))
+            update(done, len(checkpoints))
+    rows = table("question: the first of each task", "right answer", *NAMES)
+    for question, *texts in zip(questions, *given, strict=True):
+        source = question["source"]
+        shown = source if len(source) <= SOURCE_WIDTH else f"{source[: SOURCE_WIDTH - 1]}…"
+        rows.add_row(*map(Text, (shown, question["target"], *texts)))
+    console().print()
     console().print(rows)

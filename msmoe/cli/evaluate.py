@@ -5,29 +5,46 @@ from pathlib import Path
 import click
 
 from msmoe.cli.console import console, print_json, progress, table
-from msmoe.cli.options import checkpoint_argument, force_option, json_option, seed_option
+from msmoe.cli.options import (
+    AT_LEAST_ONE,
+    DATA_FORMATS,
+    checkpoint_argument,
+    columns_option,
+    device_option,
+    dtype_option,
+    force_option,
+    json_option,
+    seed_option,
+)
 from msmoe.units import human_bytes
 
 
 @click.command("evaluate")
 @checkpoint_argument
-@click.option("--data", "tasks", required=True, multiple=True, help="Task file, or a folder of them (repeatable).")
+@click.option(
+    "--data", "tasks", required=True, multiple=True, help=f"Task (repeatable): {DATA_FORMATS}. A folder is its files."
+)
 @click.option(
     "--metrics",
     help="Comma-separated: exact_match, accuracy, macro_f1, loss. Default: all the data allow; of those "
     "given, a task gets the ones it allows.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="results.json to write.")
+@click.option("--batch-size", type=AT_LEAST_ONE, default=64, show_default=True, help="Examples per forward pass.")
+@click.option("--samples", type=AT_LEAST_ONE, help="Use a seeded choice of this many examples per task.")
+@click.option("--max-source-length", type=click.IntRange(min=2), help="Cut longer sources; default: nothing is cut.")
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Examples per forward pass."
+    "--max-target-length", type=AT_LEAST_ONE, help="Cut longer targets for the loss; answers are compared uncut."
 )
-@click.option("--samples", type=click.IntRange(min=1), help="Use a seeded choice of this many examples per task.")
+@columns_option
+@device_option
+@dtype_option
 @seed_option
 @force_option
 @json_option
 def command(
-    checkpoint: Path, tasks: tuple[str, ...], metrics: str | None, out: Path | None, batch_size: int,
-    samples: int | None, seed: int, force: bool, as_json: bool,
+    checkpoint: Path, tasks: tuple[str, ...], metrics: str | None, out: Path | None, force: bool, as_json: bool,
+    device: str, dtype: str, columns: dict[str, str] | None, **options,
 ) -> None:  # fmt: skip
     """Measure a checkpoint on tasks, with 95 % bootstrap intervals. Reads originals and all exports.
 
@@ -36,36 +53,30 @@ def command(
     accuracy     the label of highest likelihood is the target
     macro_f1     of the generated answers, averaged over labels
     loss         cross-entropy per target token
+    Answers are greedy, whatever the checkpoint's own settings; the results say which were used.
     Example: msmoe evaluate switch-small --data tasks/sentiment.jsonl --out results.json
     """
-    from msmoe.errors import UserError
+    from msmoe.calibration.records import read_records
+    from msmoe.device import choose_device, choose_dtype, memory_explained
     from msmoe.evaluate.results import save_results
-    from msmoe.evaluate.run import evaluate
+    from msmoe.evaluate.run import ADVICE, evaluate, name_of
     from msmoe.loading import load
+    from msmoe.places import FILE, check_place
 
-    if out is not None and out.exists() and not force:
-        raise UserError(f"{out} exists; use --force to replace it")
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"cannot write {out}: no folder {out.parent}")
     files = expand(tasks)
+    if out is not None:
+        check_place(out, FILE, force=force, inputs=[checkpoint, *files])
     wanted = metrics.split(",") if metrics else None
     if wanted is not None:
         check_names(wanted)
+    place, precision = choose_device(device), choose_dtype(dtype)
     model, results = None, []
     for file in files:
-        with progress(Path(file).stem) as update:
-            model = load(checkpoint) if model is None else model
-            results.append(
-                evaluate(
-                    model,
-                    file,
-                    metrics=wanted and applicable(wanted, file),
-                    batch_size=batch_size,
-                    samples=samples,
-                    seed=seed,
-                    progress=update,
-                )
-            )
+        with progress(name_of(file)) as update, memory_explained(ADVICE):
+            model = load(checkpoint, dtype=precision).to(place) if model is None else model
+            records = read_records(file, columns=columns)
+            chosen = wanted and applicable(wanted, records)
+            results.append(evaluate(model, records, metrics=chosen, task=name_of(file), progress=update, **options))
     if out is not None:
         save_results(results, out, force=force)
     if as_json:
@@ -99,23 +110,16 @@ def check_names(names: list[str]) -> None:
             raise UserError(f"unknown metric {name!r}; choose from {', '.join(METRICS)}")
 
 
-def applicable(names: list[str], file: str) -> list[str]:
-    """The metrics that a task's data allow; all of them, to be refused by name, if it allows none."""
-    from msmoe.calibration.records import read_records
+def applicable(names: list[str], records: list) -> list[str]:
+    """The metrics that a task's records allow; all of them, to be refused by name, if they allow none."""
     from msmoe.evaluate.run import allowed_metrics
 
-    allowed = allowed_metrics(read_records(file))
+    allowed = allowed_metrics(records)
     return [name for name in names if name in allowed] or names
 
 
 def expand(tasks: tuple[str, ...]) -> list[str]:
-    """Task files; a folder stands for its *.jsonl files."""
-    from msmoe.errors import UserError
+    """Task files; a folder stands for its data files, one that `datasets` saved for itself."""
+    from msmoe.calibration.datasets import task_files_in
 
-    files = []
-    for task in tasks:
-        inside = sorted(str(p) for p in Path(task).glob("*.jsonl")) if Path(task).is_dir() else [task]
-        if not inside:
-            raise UserError(f"{task} is a folder without *.jsonl files")
-        files += inside
-    return files
+    return [str(file) for task in tasks for file in task_files_in(task)]

@@ -1,8 +1,10 @@
 """Options that several subcommands share."""
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,13 +12,75 @@ from msmoe.errors import UserError
 
 AT_LEAST_ONE = click.IntRange(min=1)
 
-checkpoint_argument = click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
+
+def checkpoint_argument(function: Callable) -> Callable:
+    """The argument `CKPT`, and `--revision` for one on the hub, which is fetched before any other progress bar runs."""
+
+    @functools.wraps(function)
+    def with_checkpoint(*, checkpoint: str, revision: str | None, **arguments: Any) -> Any:
+        from msmoe.checkpoint.source import hub_id, local_folder
+
+        name = f"{checkpoint}@{revision}" if revision else checkpoint
+        if revision and hub_id(name) is None:
+            raise UserError(f"--revision is of a repository on the hub, and {checkpoint} is none (OWNER/NAME)")
+        if hub_id(name) and click.get_current_context().command.name != "inspect":
+            local_folder(name)
+        return function(checkpoint=name, **arguments)
+
+    help_text = "Branch, tag or commit, where CKPT is the id OWNER/NAME of a repository on the hub."
+    argument = click.argument("checkpoint", metavar="CKPT")
+    return argument(click.option("--revision", help=help_text)(with_checkpoint))
+
+
+push_option = click.option(
+    "--push", metavar="OWNER/NAME", help="Upload the output to this repository of the hub; needs a token (HF_TOKEN)."
+)
 force_option = click.option("--force", is_flag=True, help="Replace what exists under the output's name.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs instead of tables.")
 seed_option = click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of every random choice."
 )
 
+DATA_FORMATS = (
+    "JSON Lines, JSON, CSV, TSV, Parquet or plain text, perhaps .gz; - for standard input; or a datasets name or folder"
+)
+
+
+def parse_columns(ctx: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, str] | None:
+    """Field -> column of `source=question,target=answer`.
+
+    Raises:
+        UserError: if it looks otherwise, or names a field or a column twice.
+    """
+    if text is None:
+        return None
+    pairs = [part.split("=", 1) for part in text.split(",")]
+    if any(len(pair) < 2 or not pair[0].strip() or not pair[1].strip() for pair in pairs):
+        raise UserError(f"--columns must look like source=question,target=answer, got {text!r}")
+    columns = {field.strip(): column.strip() for field, column in pairs}
+    if len(columns) < len(pairs) or len(set(columns.values())) < len(pairs):
+        raise UserError(f"--columns names a field or a column twice: {text!r}")
+    return columns
+
+
+columns_option = click.option(
+    "--columns",
+    metavar="FIELD=COLUMN,...",
+    callback=parse_columns,
+    help="Where the data hold a record's fields, e.g. source=question,target=answer.",
+)
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Where the model runs: auto (CUDA if there is one), cpu, cuda:1.",
+)
+dtype_option = click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    help="In which precision the model runs: auto (float32), float32, bfloat16 or float16.",
+)
 PROFILE_OPTIONS = (
     click.option(
         "--samples",
@@ -44,7 +108,9 @@ PROFILE_OPTIONS = (
         help="Records for which the gradients are recorded that method fisher needs (one more forward pass and a "
         "backward pass over these); `compress` takes 64 where its method needs them.",
     ),
-    click.option("--device", default="cpu", show_default=True, help="Where the model runs, e.g. cuda."),
+    device_option,
+    dtype_option,
+    columns_option,
     click.option(
         "--max-source-length", type=click.IntRange(min=2), default=512, show_default=True, help="Longer inputs are cut."
     ),

@@ -48,12 +48,13 @@ def command(
     Example: msmoe plan switch-base-8 --stats stats --method m-smoe --experts 2 --out plan.json
     """
     from msmoe.errors import UserError
+    from msmoe.places import FILE, check_place
     from msmoe.planning import plan
 
     if out is None and not dry_run:
         raise UserError("give --out PLAN.json, or --dry-run to see the plan only")
-    if out is not None and out.exists() and not force and not dry_run:
-        raise UserError(f"{out} exists; use --force to replace it")
+    if out is not None and not dry_run:
+        check_place(out, FILE, force=force, inputs=[checkpoint, stats])
     with progress("planning"):
         result = plan(checkpoint, stats, method=method, seed=seed, export=export, **choices_of(options))
     if out is not None and not dry_run:

@@ -6,21 +6,20 @@ import click
 
 from msmoe.cli.console import console, print_json, progress, usage_table
 from msmoe.cli.options import (
+    DATA_FORMATS,
     PROFILE_OPTIONS,
     add_options,
-    check_output,
     checkpoint_argument,
     force_option,
     json_option,
     seed_option,
 )
+from msmoe.places import STATISTICS, check_place
 
 
 @click.command("profile")
 @checkpoint_argument
-@click.option(
-    "--data", required=True, multiple=True, help="Calibration data: a JSON Lines file, or a datasets name (repeatable)."
-)
+@click.option("--data", required=True, multiple=True, help=f"Calibration data (repeatable): {DATA_FORMATS}.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Statistics directory to write.")
 @add_options(PROFILE_OPTIONS)
 @seed_option
@@ -30,17 +29,21 @@ def command(checkpoint: Path, data: tuple[str, ...], out: Path, force: bool, as_
     """Record how often the router activates each expert on calibration data, and all that planning needs.
 
     \b
-    DATA has one JSON object per line, of one of these kinds:
+    A record of DATA is of one of these kinds; --columns says where other names are used:
       {"source": "...", "target": "..."}     text to text
-      {"text": "..."}                        span corruption
-      {"input_ids": [...], "labels": [...]}  tokenised already
-    With "domain": "..." in the records, or several files, usage is also counted per
-    domain; a record without one goes by the name of its file.
+      {"text": "..."}                        span corruption; what plain text holds
+      {"input_ids": [...], "labels": [...]}  tokenised already, with attention_mask if padded
+      {"messages": [{"role": ..., "content": ...}, ...]}  what led to the assistant's last
+                                             turn, and that turn
+    A blank record is skipped and counted. Plain text with blank lines has a record per
+    paragraph, any other a record per line. With "domain": "..." in the records, or
+    several files, usage is also counted per domain; a record without one goes by the
+    name of its file.
     Example: msmoe profile switch-base-8 --data calibration.jsonl --out stats
     """
     from msmoe.calibration.profile import profile
 
-    check_output(out, force=force)
+    check_place(out, STATISTICS, force=force, inputs=[checkpoint, *data])
     with progress("profiling") as update:
         stats = profile(checkpoint, data, progress=update, **options)
     stats.save(out, force=force)

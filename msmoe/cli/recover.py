@@ -5,7 +5,16 @@ from pathlib import Path
 import click
 
 from msmoe.cli.console import console, print_json, progress
-from msmoe.cli.options import AT_LEAST_ONE, force_option, json_option, seed_option
+from msmoe.cli.options import (
+    AT_LEAST_ONE,
+    DATA_FORMATS,
+    columns_option,
+    device_option,
+    dtype_option,
+    force_option,
+    json_option,
+    seed_option,
+)
 from msmoe.units import human_bytes
 
 
@@ -14,7 +23,7 @@ from msmoe.units import human_bytes
 @click.option(
     "--teacher", required=True, help="Checkpoint to learn from, usually the original; 'none' for plain fine-tuning."
 )
-@click.option("--data", required=True, help="Training data with targets: a JSON Lines file, or a datasets name.")
+@click.option("--data", required=True, help=f"Training data with targets: {DATA_FORMATS}.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to write.")
 @click.option("--steps", type=int, help="Optimiser steps.")
 @click.option("--epochs", type=float, help="Passes over the training data; default 3 where --steps is not given.")
@@ -48,6 +57,9 @@ from msmoe.units import human_bytes
 @click.option("--prune-final", type=float, default=0.16, show_default=True, help="Share of steps after pruning.")
 @click.option("--max-source-length", type=AT_LEAST_ONE, default=512, show_default=True, help="Longer inputs are cut.")
 @click.option("--max-target-length", type=AT_LEAST_ONE, default=128, show_default=True, help="Longer targets are cut.")
+@columns_option
+@device_option
+@dtype_option
 @seed_option
 @force_option
 @click.option("--resume", is_flag=True, help="Go on with a killed run from its last state.")

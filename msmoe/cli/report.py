@@ -9,6 +9,7 @@ import click
 from msmoe.cli.console import console, print_json, progress
 from msmoe.cli.options import force_option, json_option
 from msmoe.errors import UserError
+from msmoe.places import FILE, check_apart, check_place
 
 
 @click.command("report")
@@ -50,6 +51,8 @@ def command(
     if opens and out is None:
         raise UserError("--open needs --out FILE")
     check_page(out, artefacts, force=force)
+    for artefact in artefacts if figures is not None else ():
+        check_apart(figures, artefact)
     with progress("reading") as update:
         made = report(*artefacts, thorough=thorough, tell=update)
     if as_json:
@@ -75,5 +78,4 @@ def check_page(out: Path | None, artefacts: tuple[Path, ...], *, force: bool) ->
         raise UserError(f"--out {out} is a folder: give the name of a file, such as {out / 'report.html'}")
     if out.resolve() in [path.resolve() for path in artefacts]:
         raise UserError(f"--out {out} is one of the artefacts: give another name")
-    if out.exists() and not force:
-        raise UserError(f"{out} exists; use --force to replace it")
+    check_place(out, FILE, force=force, inputs=artefacts)

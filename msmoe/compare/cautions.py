@@ -11,6 +11,7 @@ from msmoe.compare.summary import FULL, REFERENCE, Size, Task, count, megabytes
 
 MAX_HALF_WIDTH = 0.03
 MIN_EXAMPLES = 200
+ENOUGH_SEEDS = 3
 MAX_BYTES_APART = 0.01
 MAX_LISTED = 4  # things that a warning names one by one
 
@@ -29,7 +30,7 @@ def cautions(
         *missing_tasks(comparison),
         *missing_references(comparison),
         *unequal_bytes(sizes),
-        *single_seed(comparison),
+        *few_seeds(comparison),
         *same_samples(comparison),
         *small_tasks(comparison, columns),
     )
@@ -105,12 +106,20 @@ def unequal_bytes(sizes: Sequence[Size]) -> list[str]:
     return warnings
 
 
-def single_seed(comparison: Comparison) -> list[str]:
-    """Intervals that know nothing of another calibration sample."""
-    runs = [runs for key, runs in comparison.groups.items() if not comparison.is_reference(key[0])]
-    if not runs or any(len(group) > 1 for group in runs):
+def few_seeds(comparison: Comparison) -> list[str]:
+    """Intervals and marks that know nothing of another seed, or little."""
+    runs = [len(runs) for key, runs in comparison.groups.items() if not comparison.is_reference(key[0])]
+    if not runs or max(runs) >= ENOUGH_SEEDS:
         return []
-    return ["one seed only: the intervals are over examples and hold no variation between calibration samples"]
+    if max(runs) == 1:
+        return [
+            "one seed only: intervals and marks are over examples and speak of these checkpoints, not of the methods; "
+            "another calibration sample may give another answer"
+        ]
+    return [
+        f"{max(runs)} seeds: where they differ by more than the examples explain, intervals are wide and marks say "
+        f"little; {ENOUGH_SEEDS} or more seeds narrow them"
+    ]
 
 
 def same_samples(comparison: Comparison) -> list[str]:

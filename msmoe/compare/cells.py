@@ -20,10 +20,13 @@ import torch
 
 from msmoe.apply import apply
 from msmoe.calibration.batches import IGNORE, batch_indices, collate
-from msmoe.calibration.profile import load_tokenizer
-from msmoe.calibration.records import TokenRecord, choose_records, read_records, tokenize
-from msmoe.checkpoint import Checkpoint, write_whole
+from msmoe.calibration.records import TokenRecord, choose_records, read_records
+from msmoe.calibration.tokenization import tokenize_for
+from msmoe.calibration.tokenizer import load_tokenizer
+from msmoe.checkpoint import Checkpoint
+from msmoe.compare.keeping import keep, kept
 from msmoe.compare.settings import Settings
+from msmoe.device import choose_device, choose_dtype
 from msmoe.evaluate.results import TaskResult
 from msmoe.evaluate.run import evaluate
 from msmoe.families import inspectable_family_of
@@ -31,7 +34,7 @@ from msmoe.loading import load
 from msmoe.plan import Plan
 from msmoe.recover.run import recover
 
-FORMAT = 1  # of the files, in their digest
+FORMAT = 2  # of the files, in their digest
 LAYER_RECORDS = 16  # per task, for the loss increase of single layers
 
 
@@ -83,6 +86,7 @@ def cell_file(job: Job, steps: int) -> Path:
     content = [
         FORMAT, version("msmoe"), Checkpoint(job.checkpoint).fingerprint, job.method, job.experts, job.seed, plan,
         [[t.file.stem, t.metric, t.sha256] for t in job.tasks], settings.max_examples, recovery, job.layer_loss,
+        *([settings.unusual] if settings.unusual else []),
     ]  # fmt: skip
     digest = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return job.out / "cells" / f"{job.name}-{steps}-{digest[:16]}.json"
@@ -96,7 +100,7 @@ def file_digest(file: Path) -> str:
 
 def run_job(job: Job) -> int:
     """Do the cells of a job that are not done yet; returns their number."""
-    missing = [steps for steps in job.steps if not cell_file(job, steps).exists()]
+    missing = [steps for steps in job.steps if kept(cell_file(job, steps)) is None]
     if not missing:
         return 0
     work = job.out / "work" / job.name
@@ -114,7 +118,7 @@ def run_job(job: Job) -> int:
             measured = recovered(job, model, work, steps) if steps else model
             recovery = time.perf_counter() - started if steps else 0.0
             cell = measure(job, measured, steps) | {"seconds": {"apply": applied, "recover": recovery}}
-            write_whole(cell_file(job, steps), json.dumps(cell) + "\n")
+            keep(cell_file(job, steps), cell)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return len(missing)
@@ -122,15 +126,23 @@ def run_job(job: Job) -> int:
 
 def recovered(job: Job, student: Path, work: Path, steps: int) -> Path:
     """Fine-tune a checkpoint as every other method's: same data, steps, seed and frozen routers."""
-    out = work / f"recovered-{steps}"
-    recover(student, out, data=job.data, teacher=job.checkpoint, steps=steps, seed=job.seed, **job.settings.recovery)
+    out, settings = work / f"recovered-{steps}", job.settings
+    recover(
+        student, out, data=job.data, teacher=job.checkpoint, steps=steps, seed=job.seed, columns=settings.columns,
+        device=settings.device, dtype=settings.dtype, **settings.recovery,
+    )  # fmt: skip
     return out
+
+
+def placed(job: Job, path: Path) -> Any:
+    """A model on the device and in the dtype of the comparison."""
+    return load(path, dtype=choose_dtype(job.settings.dtype)).to(choose_device(job.settings.device))
 
 
 def measure(job: Job, path: Path, steps: int) -> dict:
     """The cell's record: sizes, scores of every task, loss by layer."""
     started = time.perf_counter()
-    model, checkpoint = load(path), Checkpoint(path)
+    model, checkpoint = placed(job, path), Checkpoint(path)
     family = inspectable_family_of(checkpoint)
     tasks = {task.file.stem: describe(score(model, task, job), task) for task in job.tasks}
     plan = Plan.load(job.plan) if job.plan else None
@@ -157,8 +169,10 @@ def measure(job: Job, path: Path, steps: int) -> dict:
 def score(model: Any, task: Task, job: Job) -> TaskResult:
     metrics = ["loss"] if task.metric == "loss" else [task.metric, "loss"]
     tokenizer = load_tokenizer(job.checkpoint)
-    chosen = job.settings.max_examples
-    return evaluate(model, task.file, metrics=metrics, tokenizer=tokenizer, samples=chosen, count_flops=False)
+    return evaluate(
+        model, task.file, metrics=metrics, tokenizer=tokenizer, samples=job.settings.max_examples, count_flops=False,
+        columns=job.settings.columns,
+    )  # fmt: skip
 
 
 def describe(result: TaskResult, task: Task) -> dict:
@@ -176,7 +190,7 @@ def describe(result: TaskResult, task: Task) -> dict:
 def layer_losses(job: Job, compressed: Any) -> dict[str, float]:
     """Loss per target token above the original with a single layer compressed, for every layer of the plan."""
     assert job.plan is not None
-    original, records = load(job.checkpoint), layer_records(job)
+    original, records = placed(job, job.checkpoint), layer_records(job)
     before = mean_loss(original, records)
     increases = {}
     for name in Plan.load(job.plan).layers:
@@ -192,9 +206,12 @@ def layer_losses(job: Job, compressed: Any) -> dict[str, float]:
 def layer_records(job: Job) -> list[TokenRecord]:
     """Records of all tasks, a few of each."""
     source = Checkpoint(job.checkpoint)
-    raw = [r for task in job.tasks for r in choose_records(read_records(task.file), LAYER_RECORDS, seed=0)]
-    pad_id, vocabulary = source.config.get("pad_token_id") or 0, source.config.get("vocab_size")
-    return tokenize(raw, load_tokenizer(source.path), pad_id=pad_id, vocab_size=vocabulary)
+    raw = [
+        record
+        for task in job.tasks
+        for record in choose_records(read_records(task.file, columns=job.settings.columns), LAYER_RECORDS, seed=0)
+    ]
+    return tokenize_for(source, raw, seed=0, max_source_length=512, max_target_length=128)
 
 
 @torch.inference_mode()
@@ -202,7 +219,8 @@ def mean_loss(model: Any, records: list[TokenRecord]) -> float:
     """Cross-entropy per target token."""
     total, count = 0.0, 0
     for chosen in batch_indices(records, 32):
-        batch = collate([records[i] for i in chosen], pad_id=model.config.pad_token_id or 0)
+        batch = collate([records[i] for i in chosen], pad_id=model.config.pad_token_id)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         number = int((batch["labels"] != IGNORE).sum())
         total += float(model(**batch).loss) * number
         count += number

@@ -18,7 +18,8 @@ from msmoe.apply import apply
 from msmoe.calibration.batches import collate
 from msmoe.calibration.records import TokenRecord
 from msmoe.compare.cells import Job, cell_file, layer_records
-from msmoe.evaluate.run import peak_memory
+from msmoe.evaluate.answers import generating, greedy
+from msmoe.evaluate.run import peak_memory, special_tokens_of
 from msmoe.loading import load
 
 BATCH_SIZE = 16
@@ -90,8 +91,10 @@ def executed_flops(model: Any, records: list[TokenRecord]) -> int:
 
 
 def generate(model: Any, batch: dict[str, Tensor]) -> None:
+    settings = greedy(special_tokens_of(model, None), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    model.generate(**inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1)
+    with generating(model, settings):
+        model.generate(**inputs, generation_config=settings)
 
 
 def speeds(

@@ -9,10 +9,12 @@ from typing import Any
 
 from msmoe.calibration.profile import profile
 from msmoe.calibration.stats import Stats
-from msmoe.checkpoint import Checkpoint, write_whole
+from msmoe.checkpoint import Checkpoint
 from msmoe.compare.budget import budget_bytes, experts_within
 from msmoe.compare.cells import Job, Task
+from msmoe.compare.keeping import keep, kept
 from msmoe.compare.settings import FISHER_RECORDS, Settings
+from msmoe.errors import UserError
 from msmoe.methods import METHODS, resolve, variant
 from msmoe.plan import Plan
 from msmoe.planning import Planner
@@ -36,19 +38,33 @@ def calibrate(
     }
     content = Path(data).read_bytes() if Path(data).exists() else str(data).encode()
     identity = [request, source.fingerprint, sha256(content).hexdigest(), versions()["msmoe"]]
+    identity += [settings.unusual] if settings.unusual else []
     folder = out / "stats" / f"seed-{seed}"
     marker = out / "stats" / f"seed-{seed}.json"
-    if marker.exists() and folder.exists():
-        same, held = json.loads(marker.read_text(encoding="utf-8"))
-        if same == identity:
-            extra = {name: max(value, held[name]) for name, value in extra.items()}
-            if extra == held:
-                return Stats.load(folder)
+    earlier = kept(marker)
+    if earlier is not None and earlier["identity"] == identity:
+        extra = {name: max(value, earlier["extra"][name]) for name, value in extra.items()}
+        stats = load_undamaged(folder, earlier["digest"])
+        if extra == earlier["extra"] and stats is not None:
+            return stats
     show = None if progress is None else lambda done, total: progress(done, total, f"calibrating, seed {seed}")
-    stats = profile(source.path, data, progress=show, **request, **extra)
+    stats = profile(
+        source.path, data, progress=show, columns=settings.columns, device=settings.device, dtype=settings.dtype,
+        **request, **extra,
+    )  # fmt: skip
     stats.save(folder, force=True)
-    write_whole(marker, json.dumps([identity, extra]))
-    return Stats.load(folder)
+    stored = Stats.load(folder)
+    keep(marker, {"identity": identity, "extra": extra, "digest": stored.digest})
+    return stored
+
+
+def load_undamaged(folder: Path, digest: str) -> Stats | None:
+    """The statistics of an earlier run; None if they are no longer what was written."""
+    try:
+        stats = Stats.load(folder)
+    except UserError:
+        return None
+    return stats if stats.digest == digest else None
 
 
 def plan_jobs(
@@ -83,23 +99,27 @@ def plan_jobs(
             note(f"planning {label}, {experts:g} experts, seed {seed}")
             file = out / "plans" / f"seed-{seed}" / f"{label}-{experts:g}.json"
             file.parent.mkdir(parents=True, exist_ok=True)
-            kept: dict[str, Any] = {}
+            chosen: dict[str, Any] = {}
             if not fixed:
                 budget = budget_bytes(planner, experts, keep_layers=settings.kept)
                 within = experts_within(planner, method, budget, keep_layers=settings.kept, size=experts, **choices)
-                kept = {"experts": within}
-            if not is_planned(file, planner, {layer.name for layer in layers}, kept):
-                planner.plan(method, keep_layers=settings.kept, seed=seed, **choices, **kept).save(file)
+                chosen = {"experts": within}
+            if not is_planned(file, planner, {layer.name for layer in layers}, chosen):
+                planner.plan(method, keep_layers=settings.kept, seed=seed, **choices, **chosen).save(file)
             jobs.append(replace(job, plan=file))
     return jobs
 
 
-def is_planned(file: Path, planner: Planner, layers: set[str], kept: dict[str, Any]) -> bool:
+def is_planned(file: Path, planner: Planner, layers: set[str], chosen: dict[str, Any]) -> bool:
     """Whether a file holds the plan of an earlier run from the same statistics at the same size."""
     if not file.exists():
         return False
-    plan = Plan.load(file)
-    same_size = plan.parameters["experts"] == kept.get("experts", plan.parameters["experts"])
+    try:
+        plan = Plan.load(file)
+    except UserError:  # damaged: it is made again
+        return False
+    experts = plan.parameters.get("experts")
+    same_size = experts == chosen.get("experts", experts)
     return plan.stats.get("sha256") == planner.stats.digest and same_size and set(plan.layers) == layers
 
 

@@ -2,10 +2,13 @@
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -13,7 +16,10 @@ import torch
 
 @contextlib.contextmanager
 def workers(processes: int, *, own: bool = False) -> Iterator[Callable[..., Future]]:
-    """Fresh processes that share the cores; an interrupt ends them at once. One process is this one, if not `own`."""
+    """Fresh processes that share the cores; an interrupt, or the end of this one, ends them at once.
+
+    One process is this one, if not `own`.
+    """
     if processes == 1 and not own:
         yield done_here
         return
@@ -43,13 +49,23 @@ def done_here(function: Callable, *arguments: Any) -> Future:
 
 def start_worker(threads: int, program: str) -> None:
     """A worker's share of the cores, and nothing of the library's between our lines."""
-    from transformers.utils import logging
-
     sys.argv[0] = program
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+    from transformers.utils import logging
+
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone, whatever it was killed by."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def in_a_process_of_its_own(function: Callable, *arguments: Any) -> Any:

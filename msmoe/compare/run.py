@@ -10,24 +10,30 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from msmoe.checkpoint import Checkpoint, write_whole
-from msmoe.checkpoint.writer import lock_journal
+from msmoe.checkpoint import Checkpoint
 from msmoe.compare.budget import budget_bytes
 from msmoe.compare.cells import Job, Task, cell_file, run_job
 from msmoe.compare.cost import cost_file, run_cost, run_peak
+from msmoe.compare.fields import load_json
+from msmoe.compare.keeping import keep, kept
 from msmoe.compare.prepare import calibrate, plan_jobs
 from msmoe.compare.processes import in_a_process_of_its_own, workers
+from msmoe.compare.reading import read
 from msmoe.compare.settings import REFERENCES, Settings, task_files, task_metric
 from msmoe.errors import UserError
 from msmoe.families import family_of
+from msmoe.files import locked, write_whole
 from msmoe.methods import METHODS, variant
+from msmoe.places import check_apart
 from msmoe.planning import Planner, check_request
 from msmoe.provenance import versions
 
 FORMAT = "msmoe-comparison/1"
 MARKER = ".lock"  # a comparison's folder has it; who writes there holds it
+STARTED_OVER = ".started-over"  # while its results.json is of the comparison before
 FAILURES = UserError | RuntimeError | ValueError | OSError  # of a cell; the others go on
 Progress = Callable[..., None]  # (cells done, cells in all, note)
+Tell = Callable[[str], None]
 
 
 def compare(
@@ -47,6 +53,7 @@ def compare(
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    tell: Tell = lambda text: None,
     **options: Any,
 ) -> dict:
     """Compare methods at the same stored bytes on the same data, and write `results.json`.
@@ -66,6 +73,7 @@ def compare(
         explicit_metric: refuse tasks without the metric in place of scoring their loss.
         cost: also measure FLOPs, speed and memory of every method at every size.
         progress: called with (cells done, cells in all, note).
+        tell: called with a sentence for each damaged file of an earlier run that is made again or left out.
         **options: any other attribute of `Settings`.
 
     Returns:
@@ -84,21 +92,29 @@ def compare(
         **options,
     )
     settings.check()
+    if "-" in (str(data), str(recover_data)):
+        raise UserError("a comparison reads its data more than once: give a file in place of standard input")
     source = Checkpoint(checkpoint)
     check_methods(source, settings)
     files = task_files(list(listed(tasks)))
     out = Path(out)
     if processes < 1:
         raise UserError(f"--processes must be at least 1, got {processes}")
+    for path in (checkpoint, data, *listed(tasks), *([recover_data] if recover_data else [])):
+        check_apart(out, Path(path))
     check_folder(out, resume=resume, force=force)
     measured = tuple(
-        Task(f.resolve(), task_metric(f, settings.metric, explicit=explicit_metric), sha256(f.read_bytes()).hexdigest())
+        Task(
+            f.resolve(),
+            task_metric(f, settings.metric, explicit=explicit_metric, columns=settings.columns),
+            sha256(f.read_bytes()).hexdigest(),
+        )
         for f in files
     )
     out.mkdir(parents=True, exist_ok=True)
-    with lock_journal(out / MARKER):
+    with locked(out / MARKER):
         if force:
-            clear(out)
+            start_over(out)
         shutil.rmtree(out / "work", ignore_errors=True)  # of a killed run
         (out / "cells").mkdir(exist_ok=True)
         note = lambda text: progress(0, 0, text) if progress else None
@@ -109,15 +125,17 @@ def compare(
         jobs = []
         for seed, planner in planners.items():
             jobs += plan_jobs(planner, seed, settings, measured, training, out, note)
+        remove_damaged(jobs, tell)
         total = sum(len(job.steps) for job in jobs)
         failures = run_all(jobs, total, processes, progress)
         costs = measure_all_costs(jobs, settings, progress) if cost and not failures else {}
         results = collect(source, planners, settings, measured, jobs, costs)
-        if resume:
-            results = with_earlier(results, out / "results.json")
+        if resume and not (out / STARTED_OVER).exists():
+            results = with_earlier(results, out / "results.json", tell)
         with contextlib.suppress(OSError):
             (out / "work").rmdir()
         write_whole(out / "results.json", to_json(results))
+        (out / STARTED_OVER).unlink(missing_ok=True)
     if failures:
         raise UserError(f"{len(failures)} of {len(jobs)} jobs failed, {failures[0]}; the others are kept in {out}: "
                         "--resume tries again")  # fmt: skip
@@ -153,14 +171,24 @@ def check_folder(out: Path, *, resume: bool, force: bool) -> None:
         raise UserError(f"{out} exists; use --resume to add what is new, or --force to start over")
 
 
-def clear(out: Path) -> None:
-    """Remove what an earlier comparison left."""
+def start_over(out: Path) -> None:
+    """Remove what an earlier comparison left, but for its results, which stay until there are new ones."""
+    (out / STARTED_OVER).touch()
     for name in ("stats", "plans", "cells", "cost"):
         shutil.rmtree(out / name, ignore_errors=True)
-    (out / "results.json").unlink(missing_ok=True)
 
 
 # ---- cells
+
+
+def remove_damaged(jobs: list[Job], tell: Tell) -> None:
+    """Remove cells and costs of an earlier run that are not what was written, so that they are measured again."""
+    files = [cell_file(job, steps) for job in jobs for steps in job.steps]
+    files += [cost_file(job) for job in jobs]
+    for file in files:
+        if file.exists() and kept(file) is None:
+            tell(f"{file} is damaged: it is measured again")
+            file.unlink()
 
 
 def run_all(jobs: list[Job], total: int, processes: int, progress: Progress | None) -> list[str]:
@@ -221,8 +249,8 @@ def measure_all_costs(jobs: list[Job], settings: Settings, progress: Progress | 
                 shutil.rmtree(path, ignore_errors=True)
             content["full"]["peak_memory_bytes"] = full_peak
             cost_file(job).parent.mkdir(exist_ok=True)
-            write_whole(cost_file(job), json.dumps(content) + "\n")
-    return {f"{job.method}/{job.experts:g}": json.loads(cost_file(job).read_text(encoding="utf-8")) for job in chosen}
+            keep(cost_file(job), content)
+    return {f"{job.method}/{job.experts:g}": kept(cost_file(job)) for job in chosen}
 
 
 # ---- results
@@ -247,8 +275,8 @@ def collect(
     costs: dict[str, dict],
 ) -> dict:
     """The content of `results.json`, from the cells that are done."""
-    done = [cell_file(job, steps) for job in jobs for steps in job.steps]
-    cells = [json.loads(file.read_text(encoding="utf-8")) for file in done if file.exists()]
+    done = [kept(cell_file(job, steps)) for job in jobs for steps in job.steps]
+    cells = [cell for cell in done if cell is not None]
     first = planners[settings.seeds[0]]
     described = first.stats.data
     scores = cells[0]["tasks"] if cells else {}
@@ -286,37 +314,46 @@ def collect(
     }  # fmt: skip
 
 
-def with_earlier(results: dict, file: Path) -> dict:
+def with_earlier(results: dict, file: Path, tell: Tell) -> dict:
     """The results together with what an earlier run in the same folder measured of the same things.
 
     Nothing is taken over from a run on another checkpoint, other tasks or calibration data, or with other settings than
     methods, sizes, seeds and lengths of the recovery.
     """
-    try:
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-        mine, theirs = results["settings"], earlier["settings"]
-        varying = ("methods", "experts", "seeds", "recover_steps")
-        fixed = lambda s: json.dumps({k: v for k, v in s.items() if k not in varying}, sort_keys=True)
-        same = fixed(mine) == fixed(theirs) and all(results[k] == earlier[k] for k in ("checkpoint", "tasks"))
-        same = same and results["calibration"]["source"] == earlier["calibration"]["source"]
-        digests = dict(zip(theirs["seeds"], earlier["calibration"]["sha256"], strict=True))
-        own = dict(zip(mine["seeds"], results["calibration"]["sha256"], strict=True))
-        if not same or any(digests[seed] != own[seed] for seed in digests.keys() & own.keys()):
-            return results
-        key = lambda cell: (cell["method"], cell["experts"], cell["seed"], cell["recover_steps"])
-        known = {key(cell) for cell in results["cells"]}
-        settings = mine | {name: list(dict.fromkeys([*theirs[name], *mine[name]])) for name in varying}
-        digests |= own
-        return results | {
-            "settings": settings,
-            "calibration": results["calibration"] | {"sha256": [digests[seed] for seed in settings["seeds"]]},
-            "methods": earlier["methods"] | results["methods"],
-            "budgets": earlier["budgets"] | results["budgets"],
-            "cells": [cell for cell in earlier["cells"] if key(cell) not in known] + results["cells"],
-            "cost": earlier["cost"] | results["cost"],
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not one of ours
+    if not file.exists():
         return results
+    try:
+        earlier = load_json(file)
+        read(earlier)
+        return joined(results, earlier)
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        tell(f"{file} of an earlier run is damaged and left out: {error}")
+        return results
+
+
+def joined(results: dict, earlier: dict) -> dict:
+    """Two results as one, where they are of the same things; else the first."""
+    mine, theirs = results["settings"], earlier["settings"]
+    varying = ("methods", "experts", "seeds", "recover_steps")
+    fixed = lambda s: json.dumps({k: v for k, v in s.items() if k not in varying}, sort_keys=True)
+    same = fixed(mine) == fixed(theirs) and all(results[k] == earlier[k] for k in ("checkpoint", "tasks"))
+    same = same and results["calibration"]["source"] == earlier["calibration"]["source"]
+    digests = dict(zip(theirs["seeds"], earlier["calibration"]["sha256"], strict=True))
+    own = dict(zip(mine["seeds"], results["calibration"]["sha256"], strict=True))
+    if not same or any(digests[seed] != own[seed] for seed in digests.keys() & own.keys()):
+        return results
+    key = lambda cell: (cell["method"], cell["experts"], cell["seed"], cell["recover_steps"])
+    known = {key(cell) for cell in results["cells"]}
+    settings = mine | {name: list(dict.fromkeys([*theirs[name], *mine[name]])) for name in varying}
+    digests |= own
+    return results | {
+        "settings": settings,
+        "calibration": results["calibration"] | {"sha256": [digests[seed] for seed in settings["seeds"]]},
+        "methods": earlier["methods"] | results["methods"],
+        "budgets": earlier["budgets"] | results["budgets"],
+        "cells": [cell for cell in earlier["cells"] if key(cell) not in known] + results["cells"],
+        "cost": earlier["cost"] | results["cost"],
+    }
 
 
 def kept_layers(planner: Planner, settings: Settings) -> list[str]:

@@ -73,7 +73,8 @@ def resample_task(task: Task, groups: dict[Key, list[Run]]) -> dict[Key, Resampl
         if group:
             outcomes = examples[own][0] if len(group) == 1 and not task.lower_is_better else None
             seeds = tuple(run.seed for run in group)
-            column[key] = Resampled(seeds, values_C[own], resampled_RC[:, own], task.num_examples, outcomes)
+            is_fixed = key[0] == FULL and key[2] == 0
+            column[key] = Resampled(seeds, values_C[own], resampled_RC[:, own], task.num_examples, outcomes, is_fixed)
     return column
 
 

@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msmoe.calibration.records import read_records
+from msmoe.calibration.datasets import task_files_in
+from msmoe.calibration.records import Columns, read_records
 from msmoe.errors import UserError
 from msmoe.evaluate.run import allowed_metrics
 from msmoe.methods import resolve, variant
@@ -27,6 +28,7 @@ class Settings:
         metric: the metric of labelled tasks; the others are scored by loss.
         max_examples: a seeded choice of so many examples per task.
         recovery: attributes of `RecoverOptions`, the same for every method.
+        columns, device, dtype: as `msmoe.profile` and `msmoe.evaluate`; of the recovery too.
     """
 
     methods: tuple[str, ...]
@@ -39,6 +41,9 @@ class Settings:
     metric: str = "exact_match"
     max_examples: int | None = None
     recovery: dict[str, Any] = field(default_factory=dict)
+    columns: dict[str, str] | None = None
+    device: str = "auto"
+    dtype: str = "auto"
 
     def check(self) -> None:
         """Raise `UserError` for an unknown name or a value out of range."""
@@ -66,22 +71,26 @@ class Settings:
         return None if self.keep_layers is None else list(self.keep_layers)
 
     def describe(self) -> dict:
-        """The settings in `results.json`."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        """The settings in `results.json`; columns, device and dtype where they are not the usual ones."""
+        every = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        plain = {name for name in ("columns", "device", "dtype") if every[name] in (None, "auto")}
+        return {name: value for name, value in every.items() if name not in plain}
+
+    @property
+    def unusual(self) -> dict:
+        """What of columns and dtype decides numbers beside the usual settings."""
+        return {name: value for name, value in self.describe().items() if name in ("columns", "dtype")}
 
 
 def task_files(tasks: list[str | Path]) -> list[Path]:
-    """Task files, a folder standing for its *.jsonl files; names must differ.
+    """Task files, a folder standing for its data files; names must differ.
 
     Raises:
         UserError: for a folder without tasks, a missing file or a name that comes twice.
     """
     files: list[Path] = []
-    for task in map(Path, tasks):
-        inside = sorted(task.glob("*.jsonl")) if task.is_dir() else [task]
-        if not inside:
-            raise UserError(f"{task} is a folder without *.jsonl files")
-        files += inside
+    for task in tasks:
+        files += task_files_in(task)
     names = [file.stem for file in files]
     for name in names:
         if names.count(name) > 1:
@@ -91,13 +100,15 @@ def task_files(tasks: list[str | Path]) -> list[Path]:
     return files
 
 
-def task_metric(file: Path, wanted: str, *, explicit: bool) -> str:
+def task_metric(file: Path, wanted: str, *, explicit: bool, columns: Columns | None = None) -> str:
     """The metric of a task: the one wanted where its records have labels, else the loss.
 
     Raises:
         UserError: if the metric was asked for explicitly and the task has no labels.
     """
-    allowed = allowed_metrics(read_records(file))
+    if not file.is_file():
+        raise UserError(f"cannot read {file}: tasks of a comparison are files, or folders of them")
+    allowed = allowed_metrics(read_records(file, columns=columns))
     if wanted in allowed:
         return wanted
     if explicit:

@@ -3,6 +3,10 @@
 A run is one model (a method at one size, with one seed) on one task. A resample draws the same examples for every run
 of the task, so that whatever is computed from resampled scores is paired.
 
+A statement on a method is one on its seeds too: they are drawn from more seeds as the examples are from more examples,
+and there are few of them. What examples and seeds contribute to the variance of a mean is estimated apart; the first
+is known well and has a normal quantile, the second has Student's with the seeds' degrees of freedom.
+
 Shapes: C runs, N examples, S runs of one method that differ by seed, R resamples, M methods, T tasks.
 """
 
@@ -13,12 +17,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.stats import binomtest, norm, rankdata
+from scipy.optimize import brentq
+from scipy.stats import binomtest, norm, rankdata, t
 
 from msmoe.evaluate.metrics import CONFIDENCE, NUM_RESAMPLES
 
-ALPHA = 0.05
 POWER = 0.8
+SMALLEST_P = 1e-9
 ROUNDING = 1e-12  # differences of scores closer than this are the same number summed in another order
 
 
@@ -32,6 +37,7 @@ class Resampled:
         resampled: score of each run in each resample (R, S).
         num_examples: examples behind each value.
         outcomes: right or wrong per example (N,), bool, of a single run scored by exact match; else None.
+        is_fixed: whether no seed could change it, such as the original model.
     """
 
     seeds: tuple[int, ...]
@@ -39,6 +45,7 @@ class Resampled:
     resampled: np.ndarray
     num_examples: int
     outcomes: np.ndarray | None = None
+    is_fixed: bool = False
 
     @property
     def value(self) -> float:
@@ -50,22 +57,38 @@ class Resampled:
         """Mean over seeds in each resample (R,), the seeds as they are."""
         return self.resampled.mean(axis=1)
 
+    @property
+    def measured_variance(self) -> float:
+        """Variance of the measured scores between several seeds, unbiased."""
+        return float(self.values.var(ddof=1))
+
+    @cached_property
+    def between_seeds(self) -> float:
+        """Variance of a run's score between several seeds that all examples there are would show.
+
+        The variance of the measured scores, less what the choice of examples adds to each run on its own: that is in
+        the variance over examples already. Not below 0.
+        """
+        apart_RS = self.resampled - self.resampled.mean(axis=1, keepdims=True)
+        own = float(apart_RS.var(axis=0).sum()) / (len(self.values) - 1)
+        return max(self.measured_variance - own, 0.0)
+
     @cached_property
     def interval(self) -> tuple[float, float]:
-        """95 % percentile interval over examples and seeds, both drawn with replacement in every resample.
+        """95 % interval over examples and seeds; of a single run over examples alone.
 
-        Examples and seeds are crossed, every seed sees all examples (pigeonhole bootstrap, Owen 2007, arXiv 0712.1111;
-        on the wide side). A mean of S drawn seeds varies only (S - 1) / S as much as seeds do; with two or three of
-        them that hides a third of the variance or more, so its deviations are scaled up (Rao and Wu 1988).
+        The percentile interval over examples, widened by that over seeds, Student's with S - 1 degrees of freedom:
+        distances from the mean add up in squares (Zou and Donner 2008, 10.1002/sim.3095).
         """
+        low, high = np.quantile(self.over_examples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
         num_seeds = len(self.values)
-        means_R = self.over_examples
-        if num_seeds > 1:
-            drawn_RS = draw(num_seeds, key="seeds")
-            deviation_R = ((drawn_RS - 1 / num_seeds) * self.resampled).sum(axis=1)
-            means_R = means_R + deviation_R * math.sqrt(num_seeds / (num_seeds - 1))
-        low, high = np.quantile(means_R, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        return float(low), float(high)
+        if num_seeds == 1:
+            return float(low), float(high)
+        widening = t.ppf((1 + CONFIDENCE) / 2, num_seeds - 1) * math.sqrt(self.between_seeds / num_seeds)
+        return (
+            self.value - math.hypot(self.value - float(low), widening),
+            self.value + math.hypot(float(high) - self.value, widening),
+        )
 
 
 def draw(num_items: int, *, key: str, seed: int = 0) -> np.ndarray:
@@ -103,18 +126,60 @@ def mean_of(columns: Sequence[Resampled]) -> Resampled | None:
         values=np.mean([column.values[c] for column, c in zip(columns, chosen, strict=True)], axis=0),
         resampled=np.mean([column.resampled[:, c] for column, c in zip(columns, chosen, strict=True)], axis=0),
         num_examples=sum(column.num_examples for column in columns),
+        is_fixed=all(column.is_fixed for column in columns),
     )
 
 
 def p_value(first: Resampled, second: Resampled) -> float:
-    """Two-sided p-value that two methods score the same on the examples' population.
+    """Two-sided p-value that two methods score the same; of two single runs, that these two models do.
 
-    McNemar's exact test where both are a single run scored right or wrong; else a paired bootstrap over examples of
-    the difference between means over seeds. Seeds are not drawn: the question is about these models.
+    For single runs over the examples alone: McNemar's exact test where both are scored right or wrong, else a paired
+    bootstrap. With several seeds of a method over seeds and examples together, see `compare_over_seeds`.
     """
+    if len(first.values) > 1 or len(second.values) > 1:
+        return compare_over_seeds(first, second)
     if first.outcomes is not None and second.outcomes is not None:
         return mcnemar(first.outcomes, second.outcomes)
     return bootstrap_test(first.value - second.value, first.over_examples - second.over_examples)
+
+
+def compare_over_seeds(first: Resampled, second: Resampled) -> float:
+    """Two-sided p-value of the difference of two means over seeds and paired examples.
+
+    The level at which the difference is sqrt(z^2 V + t^2 W): V the variance of the difference over examples, with a
+    normal quantile; W that between seeds, with Student's and Welch's degrees of freedom. Adding squares of quantiles
+    never counts too little (Banerjee 1960). Seeds of two methods are taken as independent: where the same seed helps
+    both, the test is on the careful side. Of a method with a single run, seeds are taken to vary as in the other one.
+    """
+    difference = abs(first.value - second.value)
+    if difference < ROUNDING:
+        return 1.0
+    over_examples = float((first.over_examples - second.over_examples).var())
+    between_seeds, freedom = seed_variance(first, second)
+
+    def excess(level: float) -> float:
+        quantiles = norm.isf(level / 2) ** 2 * over_examples
+        if between_seeds > 0:
+            quantiles += t.isf(level / 2, freedom) ** 2 * between_seeds
+        return math.sqrt(quantiles) - difference
+
+    return SMALLEST_P if excess(SMALLEST_P) <= 0 else float(brentq(excess, SMALLEST_P, 1.0))
+
+
+def seed_variance(first: Resampled, second: Resampled) -> tuple[float, float]:
+    """Variance between seeds of the difference of two means, of which one at least is over several; its freedom.
+
+    Welch's degrees of freedom are those of the variances as measured, what examples add to them included.
+    """
+    known = first if len(first.values) > 1 else second
+    other = second if known is first else first
+    if len(other.values) == 1:
+        runs = 1 / len(known.values) + (0 if other.is_fixed else 1)
+        return known.between_seeds * runs, len(known.values) - 1
+    measured = [(method.measured_variance / len(method.values), len(method.values) - 1) for method in (known, other)]
+    total = sum(variance for variance, _ in measured)
+    between = sum(method.between_seeds / len(method.values) for method in (known, other))
+    return between, total**2 / max(sum(v**2 / freedom for v, freedom in measured), ROUNDING**2)
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from msmoe.compare.significance import ALPHA
-
+ALPHA = 0.05
 FULL, REFERENCE = "full", "reference"
 SAME_AS_FULL, SAME_AS_BEST = "≈", "†"  # not significantly different from it
 MISSING = "-"
-LABELS = ("method", "kind", "MB", "experts")
+METHODS_TESTED, CHECKPOINTS_TESTED = "method, over seeds", "checkpoint, one seed"
+LABELS = ("method", "kind", "seeds", "MB", "experts")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Score:
     """A method in one column, at one size and one number of recovery steps.
 
     Attributes:
-        value: mean over seeds; low, high: 95 % interval over examples and seeds.
+        value: mean over seeds; low, high: 95 % interval over examples and seeds, of one seed over examples alone.
         num_examples, num_seeds: what it rests on.
         p_full, p_best: p-value against the full model and the best method of the column, after Holm's correction over
             the rows of the column; None for the full model and the best itself, and with nothing to compare with.
@@ -61,6 +61,11 @@ class Score:
         """Symbols of what this score cannot be told from."""
         tests = ((self.p_full, SAME_AS_FULL), (self.p_best, SAME_AS_BEST))
         return "".join(mark for p, mark in tests if p is not None and p >= ALPHA)
+
+    @property
+    def speaks_of(self) -> str:
+        """What interval and p-values are a statement on."""
+        return METHODS_TESTED if self.num_seeds > 1 else CHECKPOINTS_TESTED
 
     @property
     def with_interval(self) -> str:
@@ -138,9 +143,15 @@ class Row:
         return max(measurement.num_bytes for measurement in self.measurements.values())
 
     @property
-    def labels(self) -> tuple[str, str, str, str]:
+    def num_seeds(self) -> int:
+        """Runs of the method, the fewest over recovery steps."""
+        return min(len(measurement.seeds) for measurement in self.measurements.values())
+
+    @property
+    def labels(self) -> tuple[str, ...]:
         """Texts for the columns `LABELS`."""
-        return self.method, self.kind or MISSING, megabytes(self.num_bytes), f"{self.average_kept:.4g}"
+        size = megabytes(self.num_bytes), f"{self.average_kept:.4g}"
+        return self.method, self.kind or MISSING, str(self.num_seeds), *size
 
     def score(self, column: Column) -> Score | None:
         measured = self.measurements.get(column.recover_steps)
@@ -225,18 +236,39 @@ class Summary:
         return tuple(replace(column, recover_steps=n) for column in every for n in steps)
 
     @property
+    def marks_meaning(self) -> str:
+        """What the marks of this comparison are a statement on: methods, or these checkpoints."""
+        runs = [row.num_seeds for size in self.sizes for row in size.methods]
+        level = f"(p ≥ {ALPHA} after Holm's correction over the rows of the column"
+        pairs = "McNemar's exact test of right and wrong answers, a paired bootstrap over examples of losses and means"
+        if max(runs, default=1) == 1:
+            return (
+                f"One seed: marks speak of these checkpoints, not of the methods. {SAME_AS_FULL} this checkpoint is "
+                f"not significantly different from the full model; {SAME_AS_BEST} nor from the best checkpoint of the "
+                f"column {level}; {pairs}). Another seed may give another answer: --seeds 5 tests the methods."
+            )
+        single = (
+            " Of rows with one seed the marks speak of these checkpoints, not of the methods: against another single "
+            f"run, {pairs}; against several seeds, theirs are taken to vary as much."
+            if min(runs) == 1
+            else ""
+        )
+        return (
+            f"{SAME_AS_FULL} method not significantly different from the full model; {SAME_AS_BEST} nor from the best "
+            f"method of the column {level}; a test over seeds and examples together, with Student's t for the few "
+            f"seeds).{single}"
+        )
+
+    @property
     def legend(self) -> tuple[str, ...]:
         """What columns and marks mean, for below a table."""
         metric = "loss per token" if self.mean_metric == "loss" else "exact match"
         lines = [
-            f"{SAME_AS_FULL} not significantly different from the full model; {SAME_AS_BEST} not significantly "
-            f"different from the best method of the column (p ≥ {ALPHA} after Holm's correction over the rows of the "
-            "column; McNemar's exact test for single runs, else a paired bootstrap over examples). The best method of "
-            "a column is bold; references are no candidates.",
+            self.marks_meaning,
             f"{self.mean_title}: {metric} averaged over {count(len(self.mean_tasks), 'task')}, with the 95 % interval "
-            "over examples and seeds; methods share the examples, so overlapping intervals may still differ "
-            "significantly. rank: 1 is best, averaged over all tasks, ties share theirs. Rows are sorted by the first "
-            "mean.",
+            "over examples and seeds (of one seed over examples alone); methods share the examples, so overlapping "
+            "intervals may still differ significantly. rank: 1 is best, averaged over all tasks, ties share theirs. "
+            "Rows are sorted by the first mean. The best method of a column is bold; references are no candidates.",
         ]
         trained = [str(steps) for steps in self.recover_steps if steps]
         if trained:

@@ -47,18 +47,27 @@ def loss_per_token(losses: np.ndarray, num_tokens: np.ndarray) -> Estimate:
     return bootstrap(lambda chosen: float(losses[chosen].sum() / num_tokens[chosen].sum()), len(losses))
 
 
-def macro_f1(predicted: Sequence[str], gold: Sequence[str]) -> Estimate:
-    """F1 averaged over the gold labels; a prediction that is no label is wrong for its gold label only."""
-    labels, gold_ids = np.unique(np.asarray(gold, dtype=object).astype(str), return_inverse=True)
-    index = {label: i for i, label in enumerate(labels)}
-    predicted_ids = np.array([index.get(p, len(labels)) for p in predicted])
+def macro_f1(predicted: Sequence[str], gold: Sequence[str], labels: Sequence[str] = ()) -> Estimate:
+    """F1 averaged over the labels that are the gold one of an example.
+
+    A prediction that is no label is wrong for its gold label only. One that is a label of the task, but of no example
+    here, counts as that label's F1 of 0.
+
+    Args:
+        labels: of the task, where that has more than `gold`.
+    """
+    names = np.array(sorted({*gold, *labels}), dtype=object)
+    index = {label: i for i, label in enumerate(names)}
+    gold_ids = np.array([index[label] for label in gold])
+    predicted_ids = np.array([index.get(p, len(names)) for p in predicted])
+    is_gold = np.bincount(gold_ids, minlength=len(names)) > 0
 
     def statistic(chosen: np.ndarray) -> float:
-        size = len(labels) + 1
+        size = len(names) + 1
         true, guess = gold_ids[chosen], predicted_ids[chosen]
         hits = np.bincount(true[true == guess], minlength=size)[:-1]
-        both = (np.bincount(true, minlength=size) + np.bincount(guess, minlength=size))[:-1]
-        present = np.bincount(true, minlength=size)[:-1] > 0
-        return float((2 * hits / np.maximum(both, 1))[present].mean())
+        wanted, given = (np.bincount(ids, minlength=size)[:-1] for ids in (true, guess))
+        counts = np.where(is_gold, wanted, given) > 0
+        return float((2 * hits / np.maximum(wanted + given, 1))[counts].mean())
 
     return bootstrap(statistic, len(gold_ids))

@@ -1,13 +1,14 @@
 """Results: what was measured, one record per (checkpoint, task), in `results.json`."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from msmoe.checkpoint import write_whole
-from msmoe.errors import UserError
 from msmoe.evaluate.metrics import Estimate
+from msmoe.files import write_whole
+from msmoe.places import FILE, check_place
 
 FORMAT = "msmoe-results/1"
 
@@ -26,6 +27,7 @@ class TaskResult:
         right: (N,) 0 or 1 per example, in file order, whether the generated answer is the target; empty without that
             metric. losses: (N, 2) summed loss and number of target tokens per example.
         source: fingerprint of the original checkpoint behind the model; None for a model in memory.
+        settings: everything that the numbers depend on beside model and data, and the records cut and skipped.
     """
 
     checkpoint: str
@@ -40,6 +42,7 @@ class TaskResult:
     right: list[int] = field(default_factory=list)
     losses: list[tuple[float, int]] = field(default_factory=list)
     source: str | None = None
+    settings: dict = field(default_factory=dict)
 
     def describe(self) -> dict:
         """The record in `results.json`."""
@@ -54,9 +57,10 @@ class TaskResult:
             "majority_share": self.majority_share,
             "num_parameters": self.num_parameters,
             "bytes": self.num_bytes,
-            "flops_per_token": self.flops_per_token,
+            "flops_per_token": self.flops_per_token if math.isfinite(self.flops_per_token) else None,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory,
+            "settings": self.settings,
         }
 
 
@@ -96,8 +100,6 @@ def save_results(results: Sequence[TaskResult], path: str | Path, *, force: bool
     Raises:
         UserError: if the file exists and `force` is not given, or cannot be written.
     """
-    path = Path(path)
-    if path.exists() and not force:
-        raise UserError(f"{path} exists; use --force to replace it")
+    check_place(Path(path), FILE, force=force)
     content = {"format": FORMAT, "results": [result.describe() for result in results]}
-    write_whole(path, json.dumps(content, indent=1) + "\n")
+    write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -5,8 +5,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from msmoe.checkpoint import Checkpoint, to_dtype
-from msmoe.checkpoint.writer import explain_os_errors
+from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
 from msmoe.factorize.allocate import Option, allocate, curve
 from msmoe.factorize.decompose import Decomposition
@@ -15,6 +14,7 @@ from msmoe.factorize.layout import factor_layout
 from msmoe.factorize.options import FactorOptions
 from msmoe.factorize.shapes import FactorShape, LayerFactors, largest_rank
 from msmoe.families.base import MATRICES, MoELayer
+from msmoe.files import explain_os_errors
 from msmoe.parallel import in_order
 
 
@@ -27,7 +27,7 @@ def fixed_shapes(options: FactorOptions, layers: Sequence[tuple[MoELayer, int]])
         for matrix in MATRICES:
             num_outputs, num_inputs = layer.shape(matrix)
             shape = FactorShape(options.rank, round(options.keep_rows * num_outputs))
-            if shape.saves(num_outputs, num_inputs, to_dtype(layer.dtype).itemsize):
+            if shape.saves(num_outputs, num_inputs, layer.itemsize(matrix)):
                 shapes[layer.name][matrix] = shape
     return shapes
 
@@ -38,9 +38,12 @@ def choose_shapes(
     scratch: Path,
     *,
     workers: int,
-    resume: bool,
 ) -> tuple[dict[str, LayerFactors], float | None]:
-    """Shapes of every matrix, and the summed output error that a budget expects."""
+    """Shapes of every matrix, and the summed output error that a budget expects.
+
+    Args:
+        scratch: folder that keeps the decompositions; those of the same inputs are taken from there.
+    """
     options = sources.options
     if options.rank is not None:
         shutil.rmtree(scratch, ignore_errors=True)  # left by a killed run that had its ranks to choose
@@ -54,7 +57,7 @@ def choose_shapes(
     digest = sources.stats.digest if sources.stats else None
     identity = json.dumps([options.svd, sources.checkpoint.fingerprint, digest])
     marker = scratch / "identity.json"
-    if not resume or not marker.exists() or marker.read_text(encoding="utf-8") != identity:
+    if not marker.exists() or marker.read_text(encoding="utf-8") != identity:
         shutil.rmtree(scratch, ignore_errors=True)
     with explain_os_errors(scratch):
         scratch.mkdir(parents=True, exist_ok=True)
@@ -65,7 +68,7 @@ def choose_shapes(
     for (layer, _), stacks in zip(layers, stacked, strict=True):
         for matrix, decomposition in stacks.items():
             num_outputs, num_inputs = layer.shape(matrix)
-            itemsize = to_dtype(layer.dtype).itemsize
+            itemsize = layer.itemsize(matrix)
             max_rank = largest_rank(num_outputs, num_inputs, itemsize)
             if budget is not None:
                 curves[layer.name, matrix] = curve(decomposition, num_inputs, itemsize=itemsize, max_rank=max_rank)
@@ -94,7 +97,7 @@ def energy_rank(decomposition: Decomposition, energy: float) -> int:
 
 def expert_bytes(layers: Sequence[tuple[MoELayer, int]]) -> int:
     """Bytes of the stored experts of some layers, dense."""
-    return sum(2 * count * layer.d_model * layer.d_ff * to_dtype(layer.dtype).itemsize for layer, count in layers)
+    return sum(count * layer.d_model * layer.d_ff * layer.itemsize(m) for layer, count in layers for m in MATRICES)
 
 
 def check_budget(
@@ -112,8 +115,8 @@ def check_budget(
     """
     budget, smallest = options.budget(source.num_bytes), others
     for layer, count in layers:
-        itemsize = to_dtype(layer.dtype).itemsize
         for matrix in MATRICES:
+            itemsize = layer.itemsize(matrix)
             dense = layer.d_model * layer.d_ff * itemsize
             smallest += count * min(FactorShape(1, 0).num_bytes(*layer.shape(matrix), itemsize), dense)
     if budget < smallest:

@@ -13,20 +13,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from msmoe.calibration.sample import TokenSample
 from msmoe.calibration.stats import Stats
 from msmoe.checkpoint import Checkpoint, to_dtype
-from msmoe.errors import UserError
 from msmoe.factorize.decompose import Decomposition, decompose
 from msmoe.factorize.factors import Factors, truncate
 from msmoe.factorize.measures import MatrixReport, stable_rank
 from msmoe.factorize.options import FactorOptions
 from msmoe.factorize.shapes import LayerFactors, break_even_rank, largest_rank
 from msmoe.families.base import MATRICES, Expert, Family, MoELayer, load_stored_expert
+from msmoe.files import explain_os_errors, sync
 from msmoe.merge.refit import Refit, refit_output
 
 CHUNK_VALUES = 10**7  # weights of the experts that one worker decomposes at once
@@ -103,7 +102,7 @@ def decompose_layer(
         seen = look(experts, [tokens[g] for g in chunk]) if tokens else None
         pair = zip(MATRICES, decompose_experts(experts, seen, svd=sources.options.svd or "plain"), strict=True)
         for matrix, decomposition in pair:
-            limit = largest_rank(*layer.shape(matrix), to_dtype(layer.dtype).itemsize)
+            limit = largest_rank(*layer.shape(matrix), layer.itemsize(matrix))
             parts[matrix].append(decomposition.cut(max(limit, 1)))
     stacks = {
         matrix: Decomposition(*(torch.cat([getattr(p, n) for p in split]) for n in Decomposition.__annotations__))
@@ -112,11 +111,10 @@ def decompose_layer(
     if file:
         tensors = {f"{m}/{n}": t.contiguous() for m, stack in stacks.items() for n, t in vars(stack).items()}
         partial = file.with_suffix(".partial")
-        try:
+        with explain_os_errors(file):
             save_file(tensors, partial)
+            sync(partial)
             os.replace(partial, file)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot write {file}: {error}") from error
     return stacks
 
 
@@ -183,7 +181,7 @@ def factorize_layer(
             parts = {m: Decomposition(*(t[at] for t in vars(cached[m]).values())) for m in MATRICES}
         else:
             parts = dict(zip(MATRICES, decompose_experts(experts, seen, svd=options.svd or "plain"), strict=True))
-        done = factorize_experts(experts, seen, parts, shapes, options, to_dtype(layer.dtype))
+        done = factorize_experts(experts, seen, parts, shapes, options, dtypes_of(layer))
         held = {m: parts[m].captured(shapes[m].rank).tolist() if m in shapes else [1.0] * len(chunk) for m in MATRICES}
         for i, (g, (stored, after, refit)) in enumerate(zip(chunk, done, strict=True)):
             energy = {matrix: held[matrix][i] for matrix in MATRICES}
@@ -193,13 +191,18 @@ def factorize_layer(
     return results
 
 
+def dtypes_of(layer: MoELayer) -> dict[str, torch.dtype]:
+    """Dtypes in which the stacks of a layer are stored."""
+    return {matrix: to_dtype(layer.dtype(matrix)) for matrix in MATRICES}
+
+
 def factorize_experts(
     experts: list[Expert],
     seen: list[Seen] | None,
     decompositions: dict[str, Decomposition],
     shapes: LayerFactors,
     options: FactorOptions,
-    dtype: torch.dtype,
+    dtypes: dict[str, torch.dtype],
 ) -> list[tuple[dict[str, Factors | Tensor], Expert, Refit | None]]:
     """Truncate `wi`, solve `wo` again for what that gives, truncate `wo`.
 
@@ -208,6 +211,7 @@ def factorize_experts(
     """
 
     def truncated(matrix: str, weights: Tensor) -> tuple[list[Factors | Tensor], Tensor]:
+        dtype = dtypes[matrix]
         if matrix not in shapes:
             return list(weights.to(dtype)), weights.to(dtype).float()
         factors = truncate(weights, decompositions[matrix], shapes[matrix], row_score=options.row_score, dtype=dtype)

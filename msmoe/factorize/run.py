@@ -4,11 +4,9 @@ With a budget all matrices are decomposed first and kept beside the output; thei
 nothing is decomposed twice.
 """
 
-import contextlib
 import json
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,9 +14,8 @@ import torch
 from torch import Tensor
 
 from msmoe.calibration.stats import Stats
-from msmoe.checkpoint import Checkpoint, CheckpointWriter, to_dtype
-from msmoe.checkpoint.readback import checksum, verify
-from msmoe.checkpoint.writer import MAX_SHARD_BYTES
+from msmoe.checkpoint import Checkpoint
+from msmoe.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
 from msmoe.errors import UserError
 from msmoe.export import Export
 from msmoe.factorize.choose import check_rank, choose_shapes
@@ -29,7 +26,9 @@ from msmoe.factorize.options import DEFAULT_RANK, SIZES, FactorOptions
 from msmoe.factorize.shapes import FactorShape, LayerFactors
 from msmoe.families import Family, MoELayer, inspectable_family_of
 from msmoe.families.base import MATRICES
+from msmoe.files import Output
 from msmoe.parallel import Progress, in_order
+from msmoe.places import CHECKPOINT
 from msmoe.plan import LayerPlan, Plan
 from msmoe.provenance import read_provenance, write_factor_metadata
 
@@ -87,6 +86,29 @@ def factorize(
     Raises:
         UserError: for an input or an option that cannot be used, or an output that cannot be written.
     """
+    inputs = [path for path in (checkpoint, stats, original) if isinstance(path, str | Path)]
+    with Output(out, CHECKPOINT, force=force, resume=resume, inputs=inputs) as output:
+        return factorize_into(
+            output, checkpoint, stats=stats, keep_layers=keep_layers, export=export, original=original, plan=plan,
+            max_shard_bytes=max_shard_bytes, workers=workers, progress=progress, **options,
+        )  # fmt: skip
+
+
+def factorize_into(
+    output: Output,
+    checkpoint: str | Path,
+    *,
+    stats: Stats | str | Path | None,
+    keep_layers: list[str] | None,
+    export: str,
+    original: str | Path | None,
+    plan: Plan | None,
+    max_shard_bytes: int,
+    workers: int | None,
+    progress: Progress | None,
+    **options,
+) -> FactorizeReport:
+    """`factorize` into an output that is open already; its scratch folder keeps the decompositions."""
     source = Checkpoint(checkpoint)
     family = inspectable_family_of(source)
     stored = family.stored_layers(source)
@@ -101,45 +123,27 @@ def factorize(
         stats = stats if isinstance(stats, Stats) else Stats.load(stats)
     sources = FactorSources(family, source, chosen_options, stats, expert_maps(family, source, stats))
     workers = workers or os.cpu_count() or 1
-    scratch = Path(out).with_name(f"{Path(out).name}.spectra")
-    if Path(out).exists() and not force:
-        raise UserError(f"{out} exists; use --force to replace it")
-    with removed_on_error(scratch):
-        shapes, predicted_error = choose_shapes(sources, chosen, scratch, workers=workers, resume=resume)
-        layout = factor_layout(export, family, source, stored, shapes)
-        identity = [asdict(chosen_options), source.fingerprint, export, shapes, stats.digest if stats else None]
-        writer = CheckpointWriter(
-            out, layout.tensors, identity=json.dumps(identity), force=force, resume=resume,
-            max_shard_bytes=max_shard_bytes,
-        )  # fmt: skip
-        with writer:
-            copy_unchanged(writer, layout, source, stored)
-            write_experts(writer, layout, sources, chosen, shapes, scratch, workers=workers, progress=progress)
-            notes = [writer.notes[f"{layer.name}/{g}"] for layer, count in chosen for g in range(count)]
-            verify(writer.partial, {(name, index): crc for note in notes for name, index, crc in note["crc32"]})
-            matrices = [matrix for note in notes for matrix in note["matrices"]]
-            if original is not None:
-                matrices = with_ranks_before(matrices, Checkpoint(original), family, source, workers=workers)
-            described = output_plan(plan, source, family, chosen_options, layout)
-            write_factor_metadata(
-                writer, layout, source, family, described, options=asdict(chosen_options), matrices=matrices,
-                stats=stats,
-            )  # fmt: skip
+    scratch = output.scratch / "spectra"
+    shapes, predicted_error = choose_shapes(sources, chosen, scratch, workers=workers)
+    layout = factor_layout(export, family, source, stored, shapes)
+    identity = [asdict(chosen_options), source.fingerprint, export, shapes, stats.digest if stats else None]
+    with CheckpointWriter(
+        output, layout.tensors, identity=json.dumps(identity), max_shard_bytes=max_shard_bytes
+    ) as writer:
+        copy_unchanged(writer, layout, source, stored)
+        write_experts(writer, layout, sources, chosen, shapes, scratch, workers=workers, progress=progress)
+        notes = [writer.notes[f"{layer.name}/{g}"] for layer, count in chosen for g in range(count)]
+        matrices = [matrix for note in notes for matrix in note["matrices"]]
+        if original is not None:
+            matrices = with_ranks_before(matrices, Checkpoint(original), family, source, workers=workers)
+        described = output_plan(plan, source, family, chosen_options, layout)
+        write_factor_metadata(
+            writer, layout, source, family, described, options=asdict(chosen_options), matrices=matrices, stats=stats
+        )
     dense = tuple((layer.name, m) for layer, _ in chosen for m in MATRICES if m not in shapes.get(layer.name, {}))
     return FactorizeReport(
         writer.out, shapes, dense, matrices, predicted_error, layout.num_parameters, layout.num_bytes
     )
-
-
-@contextlib.contextmanager
-def removed_on_error(scratch: Path) -> Iterator[None]:
-    """Remove a folder in the end and after an error; an interrupt keeps it for a resumed run."""
-    try:
-        yield
-    except Exception:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def copy_unchanged(
@@ -288,20 +292,15 @@ def write_experts(
     )
     for done, ((layer, _), experts) in enumerate(zip(pending, results, strict=True), 1):
         names: dict[str, None] = {}
-        notes = []
         for g, expert in enumerate(experts):
-            crcs = []
             for name, index, values in expert_slots(layout.kind, family, layer.name, g, expert.stored):
-                stored = values.to(to_dtype(writer.specs[name].dtype))
-                writer.write(name, stored, index=index)
-                crcs.append([name, index, checksum(stored)])
-                if index is not None:
-                    names[name] = None
-            notes.append({"crc32": crcs, "matrices": [asdict(report) for report in expert.reports]})
-        for name in names:
-            writer.finish(name)
-        for g, note in enumerate(notes):
-            writer.note(f"{layer.name}/{g}", note)
+                writer.write(name, values, index=index, finish=False)
+                names[name] = None
+        notes = {
+            f"{layer.name}/{g}": {"matrices": [asdict(report) for report in expert.reports]}
+            for g, expert in enumerate(experts)
+        }
+        writer.finish(*names, notes=notes)
         if progress:
             progress(done, len(pending))
 

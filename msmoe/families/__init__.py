@@ -1,6 +1,6 @@
 """Architectures: the only place that knows Hugging Face names. One adapter per architecture, one table."""
 
-from msmoe.checkpoint import Checkpoint
+from msmoe.checkpoint.reader import Checkpoint
 from msmoe.errors import UserError
 from msmoe.families.base import Expert, ExpertKeys, Family, MoELayer, Routing
 from msmoe.families.switch import SwitchFamily
@@ -23,9 +23,14 @@ def family_of(checkpoint: Checkpoint) -> Family:
 
 
 def inspectable_family_of(checkpoint: Checkpoint) -> Family:
-    """Adapter of an original or `exact` checkpoint; `UserError` for an architecture without adapter."""
+    """Adapter of an original or `exact` checkpoint.
+
+    Raises:
+        UserError: for an architecture without adapter, or a checkpoint that contradicts itself.
+    """
     for family in FAMILIES.values():
         if checkpoint.model_type in (family.model_type, family.compressed_model_type):
+            family.check(checkpoint)
             return family
     raise UserError(f"{checkpoint.path} is of architecture {checkpoint.model_type!r}; supported: {', '.join(FAMILIES)}")
 

@@ -3,27 +3,42 @@
 Shapes: B batch, S sequence, T tokens, E experts, D d_model, F d_ff.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import torch
-from torch import Tensor, nn
-
-from msmoe.checkpoint import Checkpoint
+from msmoe.checkpoint.reader import DTYPES, Checkpoint
 from msmoe.factorize.shapes import FactorShape
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class MoELayer:
-    """One MoE layer of a checkpoint, named by its module path."""
+    """One MoE layer of a checkpoint, named by its module path.
+
+    Attributes:
+        dtypes: safetensors names of the dtypes of `wi` and `wo`; where the experts differ, of one that holds all.
+    """
 
     name: str
     num_experts: int
     d_model: int
     d_ff: int
-    dtype: str  # safetensors name of the experts' dtype
+    dtypes: ExpertKeys
+
+    def dtype(self, matrix: str) -> str:
+        """Safetensors dtype in which a stack of the experts' `wi` or `wo` holds every value."""
+        return getattr(self.dtypes, matrix)
+
+    def itemsize(self, matrix: str) -> int:
+        """Bytes of a value of `wi` or `wo`."""
+        return DTYPES[self.dtype(matrix)].itemsize
 
     def shape(self, matrix: str) -> tuple[int, int]:
         """Outputs and inputs of `wi` or `wo`."""
@@ -38,18 +53,18 @@ class Expert(NamedTuple):
 
     def hidden(self, x: Tensor) -> Tensor:
         """Hidden activations (T, F) of inputs (T, D)."""
-        return torch.relu(x @ self.wi.T)
+        return (x @ self.wi.T).relu()
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.hidden(x) @ self.wo.T
 
-    def permuted(self, permutation: Tensor) -> "Expert":
+    def permuted(self, permutation: Tensor) -> Expert:
         """The same function with its hidden neurons in the order `permutation` (F,)."""
         return Expert(self.wi[permutation], self.wo[:, permutation])
 
 
 class ExpertKeys(NamedTuple):
-    """Names of an expert's two tensors."""
+    """Names of an expert's two tensors, or something else that there is one of for each."""
 
     wi: str
     wo: str
@@ -78,6 +93,10 @@ class Family(Protocol):
 
     model_type: str
     compressed_model_type: str  # of the `exact` export
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise `UserError` for a configuration or shapes that no model can have; reads headers and maps only."""
+        ...
 
     def layers(self, checkpoint: Checkpoint) -> tuple[MoELayer, ...]:
         """MoE layers in forward order, read from tensor names."""

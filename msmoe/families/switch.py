@@ -1,18 +1,22 @@
 """Switch Transformer (`switch_transformers`): encoder and decoder alike, any depth and sparse step."""
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from msmoe.checkpoint import Checkpoint
+from msmoe.checkpoint.reader import FLOATS, Checkpoint, wider
 from msmoe.errors import UserError
 from msmoe.factorize.shapes import FactorShape
-from msmoe.families.base import ExpertKeys, FactorKeys, MoELayer, Routing
+from msmoe.families.base import MATRICES, ExpertKeys, FactorKeys, MoELayer, Routing
+from msmoe.families.switch_checks import HOW_TO_LOAD, check_config, check_maps, check_shapes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 ROUTER_SUFFIX = "mlp.router.classifier.weight"
 ROUTER_PATTERN = re.compile(rf"((encoder|decoder)\.block\.(\d+)\.layer\.\d+\.mlp){re.escape(ROUTER_SUFFIX[3:])}")
@@ -28,18 +32,21 @@ class SwitchFamily:
     model_type = "switch_transformers"
     compressed_model_type = "msmoe_switch_transformers"
 
+    def check(self, checkpoint: Checkpoint) -> None:
+        check_config(checkpoint)
+        check_shapes(checkpoint)
+        if checkpoint.model_type == self.compressed_model_type:
+            check_maps(self, checkpoint)
+
     def layers(self, checkpoint: Checkpoint) -> tuple[MoELayer, ...]:
-        activation = checkpoint.config.get("dense_act_fn", "relu")
-        if activation != "relu":
-            raise UserError(f"{checkpoint.path} has {activation} experts; the Switch adapter supports relu")
         layers = []
         for match in self._routers(checkpoint):
             name = match[1]
             num_experts, d_model = checkpoint.spec(match[0]).shape
-            wi = checkpoint.spec(self.expert_keys(name, 0).wi)
-            layer = MoELayer(name, num_experts, d_model, wi.shape[0], wi.dtype)
-            self._check_experts(checkpoint, layer)
-            layers.append(layer)
+            d_ff = checkpoint.spec(self.expert_keys(name, 0).wi).shape[0]
+            layers.append(
+                MoELayer(name, num_experts, d_model, d_ff, self._expert_dtypes(checkpoint, name, num_experts))
+            )
         return tuple(layers)
 
     def _routers(self, checkpoint: Checkpoint) -> list[re.Match]:
@@ -47,15 +54,18 @@ class SwitchFamily:
         found = [match for name in checkpoint if (match := ROUTER_PATTERN.fullmatch(name))]
         return sorted(found, key=lambda m: (m[2] != "encoder", int(m[3])))
 
-    def _check_experts(self, checkpoint: Checkpoint, layer: MoELayer) -> None:
-        expected = ((layer.d_ff, layer.d_model), (layer.d_model, layer.d_ff))
-        for e in range(layer.num_experts):
-            for key, shape in zip(self.expert_keys(layer.name, e), expected, strict=True):
-                spec = checkpoint.spec(key)
-                if spec.shape != shape or spec.dtype not in ("F32", "BF16", "F16"):
-                    raise UserError(f"{key} is {spec.dtype} {spec.shape}, expected a float tensor of shape {shape}")
-            if self.expert_keys(layer.name, e).wi.replace(".weight", ".bias") in checkpoint:
-                raise UserError(f"experts of {layer.name} have biases, which the Switch adapter does not support")
+    def _expert_dtypes(self, checkpoint: Checkpoint, layer: str, num_experts: int) -> ExpertKeys:
+        """Dtypes that hold the `wi` and the `wo` of all experts of a layer."""
+        found: list[set[str]] = [set(), set()]
+        for e in range(num_experts):
+            keys = self.expert_keys(layer, e)
+            if keys.wi.replace(".weight", ".bias") in checkpoint:
+                raise UserError(f"experts of {layer} have biases, which the Switch adapter does not support")
+            for dtypes, key in zip(found, keys, strict=True):
+                dtypes.add(checkpoint.spec(key).dtype)
+                if checkpoint.spec(key).dtype not in FLOATS:
+                    raise UserError(f"{key} is {checkpoint.spec(key).dtype}, expected one of {', '.join(FLOATS)}")
+        return ExpertKeys(*(wider(*dtypes) for dtypes in found))
 
     def stored_layers(self, checkpoint: Checkpoint) -> tuple[tuple[MoELayer, int], ...]:
         if checkpoint.model_type == self.model_type:
@@ -63,10 +73,15 @@ class SwitchFamily:
         stored = []
         for match in self._routers(checkpoint):
             num_experts, d_model = checkpoint.spec(match[0]).shape
-            dense, factors = self.stacked_keys(match[1]).wi, self.factor_keys(match[1], "wi")
-            wi = checkpoint.spec(factors.u if factors.u in checkpoint else dense)
-            stored.append((MoELayer(match[1], num_experts, d_model, wi.shape[1], wi.dtype), wi.shape[0]))
+            wi, wo = (checkpoint.spec(self._first_part(checkpoint, match[1], matrix)) for matrix in MATRICES)
+            layer = MoELayer(match[1], num_experts, d_model, wi.shape[1], ExpertKeys(wi.dtype, wo.dtype))
+            stored.append((layer, wi.shape[0]))
         return tuple(stored)
+
+    def _first_part(self, checkpoint: Checkpoint, layer: str, matrix: str) -> str:
+        """Name of the stack of a matrix, or of the first of its factors."""
+        factors = self.factor_keys(layer, matrix)
+        return factors.u if factors.u in checkpoint else getattr(self.stacked_keys(layer), matrix)
 
     def part(self, name: str) -> str:
         if name.endswith(".rows"):
@@ -128,10 +143,13 @@ class SwitchFamily:
             layer: {matrix: list(shape) for matrix, shape in matrices.items()} for layer, matrices in factors.items()
         }
         return config | {
-            "model_type": self.compressed_model_type,
+            "model_type": self.model_type,
+            "compressed_model_type": self.compressed_model_type,
+            "dense_act_fn": HOW_TO_LOAD,
             "architectures": ["MsmoeSwitchForConditionalGeneration"],
             "auto_map": {
                 "AutoConfig": "configuration_msmoe.MsmoeSwitchConfig",
+                "AutoModel": "modeling_msmoe.MsmoeSwitchModel",
                 "AutoModelForSeq2SeqLM": "modeling_msmoe.MsmoeSwitchForConditionalGeneration",
             },
             "moe_layers": num_groups,
@@ -168,15 +186,9 @@ class SwitchFamily:
         return folder / "configuration_msmoe.py", folder / "modeling_msmoe.py"
 
     def load_model(self, path: Path, *, dtype: torch.dtype) -> Any:
-        from transformers import AutoModelForSeq2SeqLM
+        from msmoe.loading import load
 
-        from msmoe.registration import register
-
-        register()
-        model = AutoModelForSeq2SeqLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="eager", use_safetensors=True
-        )
-        return model.eval()
+        return load(path, dtype=dtype)
 
     def forward(self, model: Any, batch: dict[str, Tensor]) -> Iterator[Tensor]:
         source_mask, target_mask = batch["attention_mask"], batch["labels"] != -100

@@ -106,11 +106,14 @@ class Trial:
         """The layer as an `exact` export stores it."""
         layer_plan = plan.layers[self.layer.name]
         routes = layer_plan.routes(plan.parameters)
-        rows, bias, dtype = list(routes.rows), self.original.bias, to_dtype(self.layer.dtype)
+        rows, bias = list(routes.rows), self.original.bias
+        wi_dtype, wo_dtype = (to_dtype(name) for name in self.layer.dtypes)
         stored = [self.merged(plan, g) for g in layer_plan.stored_order]
-        stored = [Expert(e.wi.to(dtype).float(), e.wo.to(dtype).float()) for e in stored]
+        stored = [Expert(e.wi.to(wi_dtype).float(), e.wo.to(wo_dtype).float()) for e in stored]
         means = (
-            mean_output(self.stats)[list(routes.constants)].to(dtype) if routes.constants else self.original.constants
+            mean_output(self.stats)[list(routes.constants)].to(wo_dtype)
+            if routes.constants
+            else self.original.constants
         )
         return LayerFunction(
             rows=self.original.rows[rows],

@@ -31,8 +31,9 @@ class Refit:
         wo: (D, F) float32; the merged matrix itself where no ridge was better on the held-out tokens.
         ridge: the chosen ridge, None without refit.
         num_fitted, num_held_out: tokens on either side.
-        error_before, error_after: relative output error on the held-out tokens, |g wo h - y|^2 / |y|^2; `after` is
-            that of the solution that never saw them.
+        error_before, error_after: relative output error on the held-out tokens, sum_t w_t |g wo h - y|^2 /
+            sum_t w_t |y|^2; `after` is that of the solution that never saw them.
+        held_out_square: sum_t w_t |y|^2 over the held-out tokens: what the errors of groups are weighed by.
     """
 
     wo: Tensor
@@ -41,6 +42,7 @@ class Refit:
     num_held_out: int
     error_before: float
     error_after: float
+    held_out_square: float
 
     def describe(self) -> dict:
         """Everything but the matrix; errors that are unknown are None."""
@@ -80,7 +82,7 @@ def refit_output(
     num_held_out = len(rows) - num_fitted
     if num_fitted == 0 or num_held_out == 0 or total == 0:
         unknown = float(residuals[num_fitted:].double().square().sum()) / total if total else float("nan")
-        return Refit(merged.wo, None, num_fitted, num_held_out, unknown, unknown)
+        return Refit(merged.wo, None, num_fitted, num_held_out, unknown, unknown, total)
 
     space = TokenSpace if len(rows) <= 2 * rows.shape[1] else NeuronSpace  # half of the tokens are fitted six times
     problem: Ridge = space(rows, residuals, num_fitted)
@@ -88,8 +90,9 @@ def refit_output(
     before = float(residuals[num_fitted:].double().square().sum()) / total
     best = min(errors, key=lambda ridge: errors[ridge])
     if not errors[best] < before:
-        return Refit(merged.wo, None, num_fitted, num_held_out, before, before)
-    return Refit(merged.wo + problem.solve(best), best, num_fitted, num_held_out, before, errors[best])
+        return Refit(merged.wo, None, num_fitted, num_held_out, before, before, total)
+    wo = merged.wo + problem.solve(best)
+    return Refit(wo, best, num_fitted, num_held_out, before, errors[best], total)
 
 
 class Ridge(Protocol):

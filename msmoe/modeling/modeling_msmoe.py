@@ -14,7 +14,7 @@ import math
 
 import torch
 from torch import nn
-from transformers import SwitchTransformersForConditionalGeneration
+from transformers import SwitchTransformersForConditionalGeneration, SwitchTransformersModel
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
 from .configuration_msmoe import MsmoeSwitchConfig
@@ -129,11 +129,39 @@ class MsmoeSwitchForConditionalGeneration(SwitchTransformersForConditionalGenera
     config_class = MsmoeSwitchConfig
 
     def __init__(self, config: MsmoeSwitchConfig):
-        skeleton = copy.deepcopy(config)
-        skeleton.num_experts = 1  # the stock layers built here are replaced below
-        super().__init__(skeleton)
-        self.config = config
-        self.encoder.config.num_experts = self.decoder.config.num_experts = config.num_experts
-        for name in config.moe_layers or {}:
-            block_layer = self.get_submodule(name.rpartition(".")[0])
-            block_layer.mlp = GroupedSparseMLP(config, name)
+        super().__init__(skeleton_config(config))
+        use_grouped_layers(self, config)
+
+    def _unpack_router_logits(self, router_outputs):
+        """Stack the layers' logits; an expert that a router has lost is one that it never chooses."""
+        widest = max(logits.shape[-1] for logits in router_outputs)
+        padded = [
+            nn.functional.pad(logits, (0, widest - logits.shape[-1]), value=float("-inf")) for logits in router_outputs
+        ]
+        return super()._unpack_router_logits(tuple(padded))
+
+
+class MsmoeSwitchModel(SwitchTransformersModel):
+    """The same without the head."""
+
+    config_class = MsmoeSwitchConfig
+
+    def __init__(self, config: MsmoeSwitchConfig):
+        super().__init__(skeleton_config(config))
+        use_grouped_layers(self, config)
+
+
+def skeleton_config(config: MsmoeSwitchConfig) -> MsmoeSwitchConfig:
+    """The configuration with one expert per layer: the stock layers that it gives are replaced."""
+    skeleton = copy.deepcopy(config)
+    skeleton.num_experts = 1
+    return skeleton
+
+
+def use_grouped_layers(model: nn.Module, config: MsmoeSwitchConfig) -> None:
+    """Put the grouped layers in the places of the stock ones, and the configuration in that of the skeleton's."""
+    model.config = config
+    model.encoder.config.num_experts = model.decoder.config.num_experts = config.num_experts
+    for name in config.moe_layers or {}:
+        block_layer = model.get_submodule(name.rpartition(".")[0])
+        block_layer.mlp = GroupedSparseMLP(config, name)

@@ -1,14 +1,13 @@
 """Records of a recovery: training and validation split, and the batches of every step."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from msmoe.calibration.batches import IGNORE, record_key
-from msmoe.calibration.profile import load_tokenizer
-from msmoe.calibration.records import TokenRecord, read_records, tokenize
+from msmoe.calibration.records import Source, TokenRecord, join_sources, read_records
 from msmoe.calibration.sample import mix
+from msmoe.calibration.tokenization import tokenize_for
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
 from msmoe.recover.options import RecoverOptions
@@ -17,7 +16,7 @@ WINDOW = 16  # batches among which records are sorted by length
 
 
 def load_split(
-    checkpoint: Checkpoint, data: str | Path, validation: str | Path | None, options: RecoverOptions
+    checkpoint: Checkpoint, data: Source, validation: Source | None, options: RecoverOptions
 ) -> tuple[list[TokenRecord], list[TokenRecord]]:
     """Training and validation records.
 
@@ -39,16 +38,14 @@ def load_split(
         held_out = [r for r, s in zip(records, share, strict=True) if s <= threshold]
         train = [r for r, s in zip(records, share, strict=True) if s > threshold]
     if not train:
-        raise UserError(f"{data} leaves no record to train on beside {len(held_out)} for validation")
+        raise UserError(f"{join_sources([data])} leaves no record to train on beside {len(held_out)} for validation")
     return train, held_out
 
 
-def tokens_of(checkpoint: Checkpoint, data: str | Path, options: RecoverOptions) -> list[TokenRecord]:
-    return tokenize(
-        read_records(data),
-        load_tokenizer(checkpoint.path),
-        pad_id=checkpoint.config.get("pad_token_id") or 0,
-        vocab_size=checkpoint.config.get("vocab_size"),
+def tokens_of(checkpoint: Checkpoint, data: Source, options: RecoverOptions) -> list[TokenRecord]:
+    return tokenize_for(
+        checkpoint,
+        read_records(data, columns=options.columns),
         max_source_length=options.max_source_length,
         max_target_length=options.max_target_length,
         seed=options.seed,

@@ -29,6 +29,9 @@ class RecoverOptions:
         prune_warmup, prune_final: shares of the steps before pruning starts and after it is complete.
         row_score: `sensitivity` |s ds/dL| smoothed over steps, or `magnitude`.
         beta: of the smoothing.
+        columns: field of a record -> the column of the data that holds it.
+        device: `auto` takes what accelerate chooses; dtype: of the forward passes, `auto` as accelerate is configured;
+            weights and optimiser are float32.
         seed: of data order, dropout and validation split.
     """
 
@@ -56,6 +59,9 @@ class RecoverOptions:
     beta: float = 0.85
     max_source_length: int = 512
     max_target_length: int = 128
+    columns: dict[str, str] | None = None
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: int = 0
 
     def check(self, *, has_teacher: bool) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msmoe.checkpoint import Checkpoint, to_dtype
+from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
-from msmoe.factorize import FactorShape, decompose, truncate
+from msmoe.factorize.decompose import decompose
+from msmoe.factorize.factors import truncate
+from msmoe.factorize.shapes import FactorShape
 from msmoe.families import Family
 from msmoe.modeling.modeling_msmoe import FactorizedWeight, GroupedSparseMLP
 from msmoe.plan import Plan
@@ -134,7 +136,7 @@ def factorize_student(source: Checkpoint, family: Family | None, model: Any, opt
     smallest = min(min(layer.d_model, layer.d_ff) for layer in layers)
     if options.rank > smallest:
         raise UserError(f"--rank must be between 1 and {smallest}, got {options.rank}")
-    itemsize = to_dtype(layers[0].dtype).itemsize
+    itemsize = layers[0].itemsize("wi")
     shapes = factorize_in_place(model, options.rank, options.keep_rows or 1.0, skip=kept, itemsize=itemsize)
     if not shapes:
         raise UserError(f"rank {options.rank} with these rows would store more than the dense experts")

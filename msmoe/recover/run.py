@@ -4,7 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from msmoe.calibration.records import Source
 from msmoe.recover.options import RecoverOptions
+
+ADVICE = "lower --batch-size and raise --accumulate, lower --max-source-length, or give --cache-teacher"
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,9 @@ def recover(
     student: str | Path,
     out: str | Path,
     *,
-    data: str | Path,
+    data: Source,
     teacher: str | Path | None,
-    validation: str | Path | None = None,
+    validation: Source | None = None,
     cache_teacher: bool = False,
     force: bool = False,
     resume: bool = False,
@@ -53,7 +56,7 @@ def recover(
     Args:
         student: any checkpoint that `msmoe.load` reads; it is never changed.
         out: folder to write; complete or absent at any moment.
-        data: JSON Lines file with targets.
+        data: a file or data set with targets, or records: see `read_records`.
         teacher: checkpoint to learn from, or None for plain fine-tuning.
         validation: data that choose the best step; by default a share of `data` that is not trained on.
         cache_teacher: ask the teacher once about every record, keep its likeliest tokens on disk, and free it.
@@ -66,14 +69,17 @@ def recover(
         UserError: for an input or an option that cannot be used, a loss that is not finite, or an output that cannot
             be written.
     """
+    from msmoe.device import memory_explained
     from msmoe.recover.trainer import Trainer  # imports transformers
 
     chosen = RecoverOptions(**options)
     chosen.check(has_teacher=teacher is not None)
-    trainer = Trainer(student, out, data, teacher, validation, chosen, cache_teacher=cache_teacher, force=force)
-    trainer.prepare(resume=resume, progress=progress)
-    trainer.run(progress)
-    sizes = trainer.finish()
+    with memory_explained(ADVICE):
+        trainer = Trainer(student, out, data, teacher, validation, chosen, cache_teacher=cache_teacher, force=force)
+        with trainer:
+            trainer.prepare(resume=resume, progress=progress)
+            trainer.run(progress)
+            sizes = trainer.finish()
     return RecoverReport(
         trainer.out, trainer.steps, trainer.best_step, trainer.first_loss, trainer.best_loss,
         len(trainer.train_records), len(trainer.held_out), *sizes, log=trainer.folder / "metrics.jsonl",

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from msmoe.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
+from msmoe.checkpoint import Checkpoint, TensorSpec
+from msmoe.checkpoint.writer import CheckpointWriter
 from msmoe.export import Export, Slot
 from msmoe.families import Family
 from msmoe.plan import Plan
@@ -61,7 +62,7 @@ def write_recovered(
         layout.indices |= {name} if is_index else set()
     update_factors(layout, family, factors)
     plan = Plan.load(source.path / "plan.json") if (source.path / "plan.json").exists() else None
-    with CheckpointWriter(out, layout.tensors, identity="recovered", force=force) as writer:
+    with CheckpointWriter(out, layout.tensors, identity="recovered", force=force, inputs=[source.path]) as writer:
         for slot, name in layout.copies:
             writer.copy(slot.tensor, source, name)
         for spec in layout.tensors:

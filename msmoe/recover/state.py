@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from msmoe.checkpoint.writer import explain_os_errors
 from msmoe.errors import UserError
+from msmoe.files import explain_os_errors, sync
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of torch's AdamW
 
@@ -19,12 +19,14 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
     """Write tensors and a small record beside the final name, then rename."""
     partial = path.with_name(f"{path.name}.partial")
     content = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-    with explain_os_errors(path):
-        try:
+    try:
+        with explain_os_errors(path):
             save_file(content, partial, {"about": json.dumps(about)})
-        except SafetensorError as error:  # what the library makes of a full disk
-            raise UserError(f"cannot write {path}: {error}") from error
-        os.replace(partial, path)
+            sync(partial)
+            os.replace(partial, path)
+    except UserError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:

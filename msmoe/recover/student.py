@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from msmoe.calibration.batches import IGNORE
-from msmoe.calibration.profile import load_tokenizer
+from msmoe.calibration.tokenizer import load_tokenizer
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
 from msmoe.families import FAMILIES, Family

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from msmoe.calibration.batches import IGNORE, batch_indices, collate
 from msmoe.calibration.records import TokenRecord
-from msmoe.checkpoint import write_whole
-from msmoe.checkpoint.writer import explain_os_errors
+from msmoe.files import explain_os_errors, reserve, write_whole
 from msmoe.recover.loss import TeacherOutput, with_rest
 
 CACHED_TOKENS = 64  # kept per target token; the mass of all others is kept as one number
@@ -61,6 +60,14 @@ def starts_of(records: Sequence[TokenRecord]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
+def mapped(path: Path, dtype: type, shape: tuple[int, int]) -> np.memmap:
+    """A new file of numbers in memory, its room on the disk reserved: a write to a full one would end the process."""
+    numbers = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    with path.open("r+b") as stream:
+        reserve(stream.fileno())
+    return numbers
+
+
 def fill_cache(
     folder: Path,
     identity: dict,
@@ -90,9 +97,9 @@ def fill_cache(
         starts = starts_of(records)
         kept = min(CACHED_TOKENS, teacher.model.config.vocab_size)
         shape = int(starts[-1]), kept
-        tokens = np.lib.format.open_memmap(folder / "tokens.npy", "w+", np.int32, shape)
+        tokens = mapped(folder / "tokens.npy", np.int32, shape)
         width = kept + (kept < teacher.model.config.vocab_size)
-        values = np.lib.format.open_memmap(folder / "log_probabilities.npy", "w+", np.float32, (shape[0], width))
+        values = mapped(folder / "log_probabilities.npy", np.float32, (shape[0], width))
         done = 0
         for chosen in batch_indices(records, batch_size):
             batch = {k: t.to(device) for k, t in collate([records[i] for i in chosen], pad_id=pad_id).items()}

@@ -9,12 +9,12 @@ Shapes: B batch, S target length, V vocabulary.
 import contextlib
 import json
 import math
-import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -22,15 +22,19 @@ from torch import Tensor
 
 from msmoe.calibration.batches import batch_indices, collate
 from msmoe.calibration.profile import check_finite
-from msmoe.calibration.records import TokenRecord
-from msmoe.checkpoint import Checkpoint, write_whole
-from msmoe.checkpoint.writer import explain_os_errors
+from msmoe.calibration.records import Source, TokenRecord
+from msmoe.calibration.tokenizer import special_tokens
+from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
+from msmoe.files import explain_os_errors
 from msmoe.loading import load
+from msmoe.places import CHECKPOINT, check_place
 from msmoe.recover.data import BatchOrder, load_split, num_targets
+from msmoe.recover.folder import TrainingFolder
 from msmoe.recover.log import MetricsLog
 from msmoe.recover.loss import TeacherOutput, cross_entropy, distillation, hidden_distance
 from msmoe.recover.options import RecoverOptions
+from msmoe.recover.placing import accelerator
 from msmoe.recover.pruning import RowPruner, factorize_student, row_pruners, rows_kept
 from msmoe.recover.save import write_recovered
 from msmoe.recover.state import load_tensors, optimizer_tensors, restore, save_tensors
@@ -57,21 +61,19 @@ class Trainer:
         self,
         student: str | Path,
         out: str | Path,
-        data: str | Path,
+        data: Source,
         teacher: str | Path | None,
-        validation: str | Path | None,
+        validation: Source | None,
         options: RecoverOptions,
         *,
         cache_teacher: bool,
         force: bool,
     ):
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-
         self.options, self.out, self.force = options, Path(out), force
+        inputs = [source for source in (student, teacher, data, validation) if isinstance(source, str | Path)]
+        check_place(self.out, CHECKPOINT, force=force, inputs=inputs)
         self.source = Checkpoint(student)
         self.teacher_source = None if teacher is None else Checkpoint(teacher)
-        if self.out.exists() and not force:
-            raise UserError(f"{self.out} exists; use --force to replace it")
         if self.teacher_source is not None:
             check_same_vocabulary(self.source, self.teacher_source)
             if options.hidden_weight:
@@ -80,7 +82,7 @@ class Trainer:
                 raise UserError("--cache-teacher keeps no hidden states: drop it, or --hidden-weight")
         self.family = family_of_student(self.source)
         self.train_records, self.held_out = load_split(self.source, data, validation, options)
-        self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+        self.accelerator = accelerator(options.device, options.dtype)
         if self.accelerator.distributed_type not in SUPPORTED:
             kind = self.accelerator.distributed_type.value
             raise UserError(f"recover runs in one process or in data-parallel ones, not on {kind}")
@@ -91,15 +93,29 @@ class Trainer:
         )
         self.steps = options.steps or max(1, round((options.epochs or 0) * self.order.steps_per_epoch))
         self.evaluate_every = options.evaluate_every or max(1, self.steps // 10)
-        self.pad_id = self.source.config.get("pad_token_id") or 0
-        self.folder = self.out.with_name(f"{self.out.name}.training")
+        self.pad_id = special_tokens(self.source.config, self.source.path / "config.json").pad_id
+        self.training = TrainingFolder(self.out.with_name(f"{self.out.name}.training"))
+        self.folder = self.training.path
         self.cache_teacher = cache_teacher
         self.step, self.best_step, self.best_loss, self.first_loss = 0, 0, float("inf"), float("nan")
         self.save_is_due = False
+        self.log: MetricsLog | None = None
 
     @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
+
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None and self.log is not None:
+            with contextlib.suppress(OSError):
+                self.log.close()
+        self.training.close(error)
+        if isinstance(error, OSError):
+            with explain_os_errors(self.folder):
+                raise error
 
     # ---- before the first step
 
@@ -107,8 +123,7 @@ class Trainer:
         """Load the models, choose what is trained, and go on from a state where there is one."""
         options = self.options
         identity = self.identity()
-        if resume:
-            check_same_run(self.folder, identity)
+        self.training.check(identity if resume else None)
         model: Any = load(self.source.path, dtype=torch.float32)
         check_finite(self.source, model)
         self.new_factors = factorize_student(self.source, self.family, model, options)
@@ -118,9 +133,8 @@ class Trainer:
         self.pruners = row_pruners(model, options)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, self.optimizer)
         self.teacher = None if self.cache_teacher else self.load_teacher(progress)
-        with explain_os_errors(self.folder):
-            if self.is_main:
-                open_folder(self.folder, identity, resume=resume)
+        if self.is_main:
+            self.training.open(identity, resume=resume)
         self.accelerator.wait_for_everyone()
         if self.cache_teacher:
             self.teacher = self.load_teacher(progress)
@@ -146,6 +160,7 @@ class Trainer:
             "cached": self.cache_teacher, "num_processes": self.accelerator.num_processes, "steps": self.steps,
         }  # fmt: skip
         content.pop("learning_rate")
+        content.pop("device")
         return json.dumps(content, sort_keys=True)
 
     def load_teacher(self, progress: Progress | None) -> "LiveTeacher | CachedTeacher | None":
@@ -248,6 +263,7 @@ class Trainer:
         """The error of a step whose numbers are not finite."""
         states = sorted(self.folder.glob("state-*.safetensors"))
         last_good = int(states[-1].stem.split("-")[1]) if states else 0
+        self.training.keep = True
         return UserError(
             f"the {what} at step {step}; training stopped. The state of step {last_good} is kept in "
             f"{self.folder}: --resume with a lower --learning-rate goes on from there"
@@ -377,9 +393,7 @@ class Trainer:
                 self.source, self.out, best, self.family, recovery=self.describe(),
                 log=self.folder / "metrics.jsonl", force=self.force, factors=self.new_factors,
             )  # fmt: skip
-            for file in (*self.folder.glob("state-*"), *self.folder.glob("best-*")):
-                file.unlink()
-            shutil.rmtree(self.folder / "teacher", ignore_errors=True)
+            self.training.finish()
         self.accelerator.wait_for_everyone()
         return sizes
 
@@ -393,18 +407,3 @@ class Trainer:
             "validation_loss": {"before": self.first_loss, "after": self.best_loss},
             "num_records": {"train": len(self.train_records), "validation": len(self.held_out)},
         }
-
-
-def check_same_run(folder: Path, identity: str) -> None:
-    """Raise `UserError` if a folder was left by a run with other inputs."""
-    file = folder / "run.json"
-    if file.exists() and file.read_text(encoding="utf-8") != identity:
-        raise UserError(f"{folder} was left by a run with other inputs; remove it or run without --resume")
-
-
-def open_folder(folder: Path, identity: str, *, resume: bool) -> None:
-    """Make the folder of a run, emptied unless it is gone on with."""
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "run.json", identity)

@@ -127,7 +127,7 @@ def test_hostile_names_survive_markdown(hostile):
 def test_the_best_of_a_column_is_bold_in_markdown(summary):
     lines = markdown(summary).split("## 8 experts")[1].splitlines()
     line = next(line for line in lines if line.startswith("| alpha"))
-    mean = line.split(" | ")[4]
+    mean = line.split(" | ")[5]
     assert mean.startswith("**0.")
     assert mean.endswith("**")
 
@@ -197,7 +197,7 @@ def test_latex_rows_have_as_many_cells_as_the_table_has_columns(hostile):
 def test_latex_heads_span_the_columns_of_a_quantity(summary):
     text = latex(summary)
     assert r"\multicolumn{2}{c}{sms\_spam}" in text
-    assert r"\cmidrule(lr){5-6}\cmidrule(lr){7-8}" in text
+    assert r"\cmidrule(lr){6-7}\cmidrule(lr){8-9}" in text
 
 
 def test_latex_without_recovery_has_one_head():

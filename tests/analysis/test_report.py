@@ -157,7 +157,8 @@ def test_experts_before_are_counted_by_the_plan_where_routers_lost_rows(switch, 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("not json", "is no artefact of msmoe"),
+        ("not json", "what.json is no JSON"),
+        ("[" * 100_000, "what.json is no JSON"),
         ("[1, 2]", "format None"),
         ('{"format": "msmoe-plan/9"}', "'msmoe-plan/9'"),
         ('{"format": "msmoe-comparison/1", "cells": []}', "nothing was measured"),

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from tiny import LAYERS, compress, load_tensors, profile_small, random_records, size_of, write_records
 
 from msmoe.inspect import LayerSummary
-from msmoe.layer_errors import layer_errors
+from msmoe.layer_errors import layer_errors, refit_errors
 from msmoe.provenance import read_provenance
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'\u202eevil"
@@ -151,15 +151,13 @@ def test_layer_errors_are_those_that_are_measured_by_themselves(everything, swit
     assert mine.stored.sum() == 15
 
 
-def test_refit_errors_are_the_mean_over_refitted_groups(exact):
+def test_refit_errors_are_those_that_apply_prints(exact):
     artefacts = gather([exact])
     frame = layer_frame(gather_costs(artefacts, quiet)).set_index("name")
-    groups = [g for g in read_provenance(artefacts.compressed[0].checkpoint)["groups"] if g["layer"] == LAYERS[1]]
-    refits = [g["refit"] for g in groups if "refit" in g]
-    assert refits
-    assert frame.refit_before[LAYERS[1]] == pytest.approx(sum(r["error_before"] for r in refits) / len(refits))
-    assert frame.refit_after[LAYERS[1]] == pytest.approx(sum(r["error_after"] for r in refits) / len(refits))
-    assert frame.refits[LAYERS[1]] == len(refits)
+    expected = refit_errors(read_provenance(artefacts.compressed[0].checkpoint)["groups"])
+    assert expected
+    for name, errors in expected.items():
+        assert (frame.refit_before[name], frame.refit_after[name]) == errors
 
 
 def test_unknown_values_do_not_enter_a_mean():

@@ -10,8 +10,9 @@ from safetensors import safe_open
 from tiny import LAYERS, profile_small, write_records
 
 from msmoe.calibration.recorder import LayerRecorder
-from msmoe.calibration.records import DataError, read_calibration, read_records, tokenize
+from msmoe.calibration.records import DataError, read_calibration, read_records
 from msmoe.calibration.stats import LayerStats, Stats
+from msmoe.calibration.tokenization import tokenize
 from msmoe.cli import main
 from msmoe.demo import CALIBRATION, CHECKPOINT
 from msmoe.errors import UserError

@@ -12,16 +12,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from msmoe.calibration.batches import record_key
-from msmoe.calibration.records import (
-    DataError,
-    TokenRecord,
-    choose_records,
-    corrupt_spans,
-    digest_records,
-    random_partition,
-    read_records,
-    tokenize,
-)
+from msmoe.calibration.records import DataError, TokenRecord, choose_records, digest_records, read_records
+from msmoe.calibration.spans import corrupt_spans, random_partition
+from msmoe.calibration.tokenization import tokenize
 
 SENTINELS = list(range(1000, 1100))
 
@@ -105,7 +98,7 @@ def test_text_needs_sentinel_tokens():
         ("[1, 2]", "line 2: expected an object"),
         ('{"question": "x"}', "line 2: expected .*source, target.* got {question}"),
         ('{"text": 5}', "line 2: text must be a string"),
-        ('{"source": "a", "target": null}', "line 2: target must be a string"),
+        ('{"source": "a", "target": 5}', "line 2: target must be a string, got int"),
         ('{"input_ids": [1.5], "labels": [1]}', "line 2: input_ids must be a list of integers"),
         ('{"input_ids": [1], "labels": [true]}', "line 2: labels must be a list of integers"),
         ('{"input_ids": "12", "labels": [1]}', "line 2: input_ids must be a list of integers"),

@@ -210,12 +210,6 @@ def test_a_damaged_index_is_refused(index, tmp_path):
         Checkpoint(sharded)
 
 
-def test_pickled_weights_are_never_read(folder):
-    (folder / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(UserError, match=r"pytorch_model\.bin is a pickle, which is never read"):
-        Checkpoint(folder)
-
-
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [(None, "has no config.json"), ("{", "not readable JSON"), ("[1]", "must hold a JSON object")],
@@ -237,7 +231,9 @@ def test_layers_are_found_in_forward_order(switch):
     checkpoint = Checkpoint(switch)
     layers = family_of(checkpoint).layers(checkpoint)
     assert tuple(layer.name for layer in layers) == LAYERS
-    assert {(layer.num_experts, layer.d_model, layer.d_ff, layer.dtype) for layer in layers} == {(6, 16, 24, "F32")}
+    assert {(layer.num_experts, layer.d_model, layer.d_ff, layer.dtypes) for layer in layers} == {
+        (6, 16, 24, ("F32", "F32"))
+    }
 
 
 def test_blocks_beyond_ten_are_ordered_by_number(tmp_path):
@@ -262,5 +258,5 @@ def test_an_expert_of_another_shape_is_named(copied):
     name = f"{LAYERS[0]}.experts.expert_4.wo.weight"
     tensors[name] = tensors[name][:, :5].contiguous()
     save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=rf"{name} is F32 \(16, 5\), expected .*\(16, 24\)"):
+    with pytest.raises(UserError, match=rf"{name} has shape \[16, 5\], the configuration asks for \[16, 24\]"):
         family_of(Checkpoint(copied))

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny import bits
 
-from msmoe.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
-from msmoe.checkpoint.writer import plan_shards
+from msmoe.checkpoint import Checkpoint, TensorSpec
+from msmoe.checkpoint.shards import plan_shards
+from msmoe.checkpoint.writer import CheckpointWriter
 from msmoe.errors import UserError
 
 SPECS = [TensorSpec("a", "F32", (3, 4)), TensorSpec("b", "BF16", (2, 2, 3)), TensorSpec("c", "I64", (5,))]
@@ -71,7 +72,7 @@ def test_copied_tensors_keep_their_bytes(switch, tmp_path):
     with CheckpointWriter(tmp_path / "out", specs, identity="x") as writer:
         for spec in specs:
             writer.copy(spec.name, source, spec.name)
-        writer.write_text("config.json", "{}")
+        writer.write_text("config.json", (switch / "config.json").read_text())
     assert Checkpoint(tmp_path / "out").fingerprint == source.fingerprint
 
 
@@ -150,7 +151,7 @@ def test_a_resumed_writer_knows_what_is_done(tmp_path):
 
 def test_a_torn_last_line_of_the_journal_is_not_trusted(tmp_path):
     interrupted(tmp_path)
-    journal = tmp_path / "out.partial" / ".journal"
+    journal = tmp_path / ".out.msmoe-partial" / "journal"
     journal.write_bytes(journal.read_bytes()[:-1])
     with CheckpointWriter(tmp_path / "out", SPECS, identity="x", resume=True) as writer:
         assert writer.done == {"a"}
@@ -160,7 +161,7 @@ def test_a_torn_last_line_of_the_journal_is_not_trusted(tmp_path):
 
 def test_a_line_after_a_torn_one_is_still_understood_by_the_next_resume(tmp_path):
     interrupted(tmp_path)
-    journal = tmp_path / "out.partial" / ".journal"
+    journal = tmp_path / ".out.msmoe-partial" / "journal"
     journal.write_bytes(journal.read_bytes()[:-1] + b"zz")  # torn inside a name
     interrupted(tmp_path, "c", resume=True)
     with CheckpointWriter(tmp_path / "out", SPECS, identity="x", resume=True) as writer:
@@ -194,12 +195,12 @@ def test_resuming_with_other_inputs_is_refused_and_keeps_the_partial_folder(othe
     arguments = {"specs": SPECS, "identity": "x"} | other
     with pytest.raises(UserError, match="left by a run with other inputs; remove it or run without --resume"):
         CheckpointWriter(tmp_path / "out", resume=True, **arguments)
-    assert (tmp_path / "out.partial" / "model.safetensors").exists()
+    assert (tmp_path / ".out.msmoe-partial" / "content" / "model.safetensors").exists()
 
 
 def test_without_resume_a_partial_folder_is_started_afresh(tmp_path):
     interrupted(tmp_path)
-    (tmp_path / "out.partial" / "leftover").touch()
+    (tmp_path / ".out.msmoe-partial" / "content" / "leftover").touch()
     with CheckpointWriter(tmp_path / "out", SPECS, identity="x") as writer:
         assert writer.done == set()
         write_all(writer)
@@ -236,10 +237,10 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path):
 
 def test_force_replaces_the_old_folder_at_the_very_end(tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
+    (tmp_path / "out" / "msmoe.json").touch()
     with CheckpointWriter(tmp_path / "out", SPECS, identity="x", force=True) as writer:
         write_all(writer)
-        assert (tmp_path / "out" / "old").exists()
+        assert (tmp_path / "out" / "msmoe.json").exists()
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.safetensors"]
 
@@ -258,7 +259,7 @@ def test_too_little_room_for_a_resume_keeps_what_is_done(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
     with pytest.raises(UserError, match="needs 40 bytes, the disk has 10 free"):  # only c is missing
         CheckpointWriter(tmp_path / "out", SPECS, identity="x", resume=True)
-    assert (tmp_path / "out.partial" / "model.safetensors").exists()
+    assert (tmp_path / ".out.msmoe-partial" / "content" / "model.safetensors").exists()
 
 
 def test_a_disk_that_fills_up_while_writing_is_reported_in_one_line(tmp_path):
@@ -297,5 +298,5 @@ def test_a_really_full_disk_leaves_nothing_behind(small_disk):
 
 def test_a_folder_that_cannot_be_made_is_reported_in_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write .*out.partial: Not a directory"):
+    with pytest.raises(UserError, match=r"cannot write .*out: Not a directory"):
         CheckpointWriter(tmp_path / "file" / "out", SPECS, identity="x")

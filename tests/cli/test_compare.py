@@ -1,5 +1,6 @@
 """`msmoe compare` as people call it: on the embedded checkpoint with real tasks, and its refusals."""
 
+import io
 import json
 import os
 import subprocess
@@ -7,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.text import Text
 
+from msmoe.cli.compare import cost_rows, fitting, print_wide
 from msmoe.demo import CALIBRATION, CHECKPOINT, TASKS
 
 MSMOE = Path(sys.executable).with_name("msmoe")
@@ -70,6 +74,32 @@ def test_the_answers_of_the_full_model_are_those_of_evaluate(demo_run):
         tokenizer=load_tokenizer(CHECKPOINT), count_flops=False,
     )  # fmt: skip
     assert full["tasks"]["question_type"]["examples"] == "".join(map(str, expected.right))
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_no_column_and_no_value_is_lost_however_narrow_the_terminal_is(width):
+    headings = ["method", *[f"task number {i}" for i in range(9)]]
+    rows = [[Text(f"method {i}"), *[Text(f"0.{i}{j} [0.100, 0.900] ≈†") for j in range(9)]] for i in range(3)]
+    out = Console(width=width, file=io.StringIO())
+    print_wide(out, "8 experts per layer", headings, rows)
+    text = out.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    for shown in (*headings, *[cell.plain for row in rows for cell in row]):
+        assert shown in text
+
+
+def test_columns_that_fit_stay_in_one_table():
+    assert fitting([10, 8, 8], room=30) == [[0, 1, 2]]
+    # 10 + 2 + 8 + 2 + 8 = 30 columns: one less breaks it
+    assert fitting([10, 8, 8], room=29) == [[0, 1], [0, 2]]
+
+
+def test_costs_are_shown_beside_what_they_are_times_the_full_models():
+    stage = {"tokens_per_second": 200.0, "p50_seconds": 0.5, "p95_seconds": 1.0}
+    full = {"flops_per_token": 4e6, "peak_memory_bytes": 2e6, "prefill": stage, "generation": stage}
+    headings, rows = cost_rows({"reap/4": full | {"flops_per_token": 2e6, "full": full}})
+    assert headings[:2] == ["method / experts", "MFLOP per token"]
+    assert [cell.plain for cell in rows[0][:3]] == ["reap/4", "2 (0.50)", "200 (1.00)"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,11 @@ from tiny import LAYERS, batch_of, random_records, size_of, write_records
 
 from msmoe.apply import apply
 from msmoe.calibration.stats import Stats
-from msmoe.checkpoint.writer import lock_journal
 from msmoe.compare.run import MARKER, compare
 from msmoe.compare.settings import task_files
 from msmoe.errors import UserError
 from msmoe.evaluate.run import evaluate
+from msmoe.files import locked
 from msmoe.loading import load
 from msmoe.methods import variant
 from msmoe.plan import Plan
@@ -244,7 +245,7 @@ def test_two_runs_in_one_folder_are_refused(switch, data, tasks, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / MARKER).touch()
-    with lock_journal(out / MARKER), pytest.raises(UserError, match="another process is writing"):
+    with locked(out / MARKER), pytest.raises(UserError, match="another process is writing"):
         run(switch, data, tasks, out, resume=True)
 
 
@@ -324,3 +325,74 @@ def test_a_killed_run_goes_on_where_it_was(switch, data, tasks, tmp_path):
     assert len(list(out.glob("cells/*.json"))) == 22
     assert all(f.stat().st_mtime_ns == written for f, written in done.items())
     assert not (out / "work").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_workers_of_a_killed_run_end_with_it(number, switch, data, tasks, tmp_path):
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "msmoe.cli", "compare", str(switch), "--data", str(data), "--tasks", str(tasks), "--out",
+        str(out), "--methods", "m-smoe,reap,frequency,ean-sum,gate-mass", "--experts", "3,2", "--seeds", "2",
+        "--samples", "25", "--no-cost", "--processes", "2",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while time.time() < deadline and len(list(out.glob("cells/*.json"))) < 1:
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len([child for child in children if "spawn_main" in " ".join(child.cmdline())]) == 2
+    process.send_signal(number)
+    process.wait()
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+
+
+def copy_cells(compared, out):
+    """All but the results, which other runs added to."""
+    shutil.copytree(compared[1], out)
+    (out / "results.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[: len(text) // 2],
+        lambda text: "\0" * len(text),
+        lambda text: text.replace("6", "7"),
+        lambda text: "[1, 2]",
+        lambda text: "[" * 100_000,
+    ],
+    ids=["empty", "half", "zeros", "other digits", "another content", "deep"],
+)
+def test_a_damaged_cell_is_named_and_measured_again(damage, switch, data, tasks, compared, tmp_path):
+    results, _ = compared
+    copy_cells(compared, tmp_path / "out")
+    file = next((tmp_path / "out" / "cells").glob("reap-3-0-0-*.json"))
+    file.write_text(damage(file.read_text()))
+    told = []
+    again = run(
+        switch, data, tasks, tmp_path / "out", recover_steps=(0, 8), recovery=RECOVERY, resume=True, tell=told.append
+    )
+    assert told == [f"{file} is damaged: it is measured again"]
+    assert [c["tasks"] for c in again["cells"]] == [c["tasks"] for c in results["cells"]]
+
+
+@pytest.mark.parametrize("name", ["plans/seed-1/reap-3.json", "stats/seed-1/stats.json", "stats/seed-1.json"])
+def test_damaged_plans_and_statistics_are_made_again(name, switch, data, tasks, compared, tmp_path):
+    results, _ = compared
+    copy_cells(compared, tmp_path / "out")
+    (tmp_path / "out" / name).write_text("{")
+    again = run(switch, data, tasks, tmp_path / "out", recover_steps=(0, 8), recovery=RECOVERY, resume=True)
+    assert again == results
+    assert len(json.loads((tmp_path / "out" / name).read_text())) > 1
+
+
+def test_damaged_results_of_an_earlier_run_are_named_and_left_out(switch, data, tasks, compared, tmp_path):
+    copy_cells(compared, tmp_path / "out")
+    (tmp_path / "out" / "results.json").write_text('{"format": "msmoe-comparison/1", "cells": [7]}')
+    told = []
+    again = run(
+        switch, data, tasks, tmp_path / "out", recover_steps=(0, 8), recovery=RECOVERY, resume=True, tell=told.append
+    )
+    assert again == compared[0]
+    assert "results.json of an earlier run is damaged and left out" in told[0]

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm, t, ttest_1samp, ttest_ind
 
 from msmoe.compare.significance import (
     Resampled,
@@ -64,12 +64,36 @@ def test_single_runs_are_compared_by_mcnemar():
     assert p_value(runs([first]), runs([second])) == binomtest(10, 12).pvalue
 
 
-def test_several_seeds_are_compared_by_a_bootstrap_of_their_mean():
-    rng = np.random.default_rng(0)
-    first, second = rng.random((3, 200)) < 0.7, rng.random((2, 200)) < 0.6
-    difference_N = first.mean(axis=0) - second.mean(axis=0)
-    resampled = draw(200, key="task") @ difference_N
-    assert p_value(runs(first), runs(second)) == bootstrap_test(difference_N.mean(), resampled)
+def seeded(values: np.ndarray, *, is_fixed: bool = False) -> Resampled:
+    """A method of which the examples are all alike: only seeds vary."""
+    values = np.asarray(values, dtype=float)
+    return Resampled(tuple(range(len(values))), values, np.tile(values, (1000, 1)), 100, is_fixed=is_fixed)
+
+
+def test_seeds_that_alone_vary_are_compared_by_welchs_test():
+    first, second = [0.4, 0.5, 0.7], [0.3, 0.35, 0.2, 0.3]
+    expected = ttest_ind(first, second, equal_var=False).pvalue
+    assert p_value(seeded(first), seeded(second)) == pytest.approx(expected)
+
+
+def test_several_seeds_are_compared_with_the_original_by_the_test_of_one_sample():
+    values = [0.4, 0.5, 0.7]
+    original = seeded([0.8], is_fixed=True)
+    assert p_value(seeded(values), original) == pytest.approx(ttest_1samp(values, 0.8).pvalue)
+
+
+def test_the_seeds_of_a_single_run_are_taken_to_vary_as_those_of_the_other_method():
+    # a new observation beside S others of standard deviation s: t = d / (s sqrt(1 + 1 / S)), S - 1 degrees of freedom
+    values = np.array([0.4, 0.5, 0.7])
+    expected = 2 * t.sf((0.9 - values.mean()) / (values.std(ddof=1) * np.sqrt(4 / 3)), 2)
+    assert p_value(seeded(values), seeded([0.9])) == pytest.approx(expected)
+
+
+def test_examples_that_explain_all_differences_of_seeds_leave_a_normal_test():
+    outcomes = np.random.default_rng(0).random((2, 400)) < [[0.7], [0.6]]
+    first, second = (runs([outcome, outcome]) for outcome in outcomes)
+    deviation = (first.over_examples - second.over_examples).std()
+    assert p_value(first, second) == pytest.approx(2 * norm.sf((first.value - second.value) / deviation))
 
 
 def test_a_method_is_never_significantly_different_from_itself():
@@ -199,12 +223,9 @@ def test_the_interval_widens_with_the_variance_between_seeds():
     assert widths[1] > 1.5 * widths[0]
 
 
-def test_the_variance_between_seeds_is_the_unbiased_one():
-    # all examples alike: only seeds vary, 0.4, 0.5, ... each as often as it is drawn
-    values = np.array([0.4, 0.5, 0.6, 0.7])
-    method = Resampled((0, 1, 2, 3), values, np.tile(values, (1000, 1)), 100)
-    low, high = method.interval
-    assert (high - low) / 2 == pytest.approx(1.96 * values.std(ddof=1) / 2, rel=0.15)
+def test_the_interval_over_seeds_alone_is_students():
+    # mean 0.55, standard deviation 0.1291 / 2 of the mean, 3.1824 of them: 0.55 +- 0.2054
+    assert seeded([0.4, 0.5, 0.6, 0.7]).interval == pytest.approx((0.3446, 0.7554), abs=1e-4)
 
 
 def test_seeds_that_agree_add_nothing_to_the_interval():

@@ -242,7 +242,7 @@ def test_a_method_that_never_ran_is_missing():
 
 
 def test_a_complete_comparison_of_large_tasks_has_no_warning():
-    results = comparison(num_examples=1200)
+    results = comparison(num_examples=1200, seeds=(0, 1, 2))
     trained = next(cell for cell in results["cells"] if cell["method"] == "full") | {"recover_steps": 100}
     results["cells"].append(trained)
     assert summarise(results).warnings == ()
@@ -257,6 +257,40 @@ def test_a_missing_full_model_is_named():
 def test_one_seed_is_warned_of():
     assert warned(summarise(comparison(seeds=(3,))), "one seed only")
     assert not warned(summarise(comparison(seeds=(0, 1))), "one seed only")
+
+
+def test_two_seeds_are_warned_of():
+    assert warned(summarise(comparison(seeds=(0, 1))), "2 seeds: where they differ")
+    assert not warned(summarise(comparison(seeds=(0, 1, 2))), "seeds: where they differ")
+
+
+def test_with_one_seed_the_marks_are_named_after_checkpoints():
+    legend = summarise(comparison(seeds=(0,))).legend[0]
+    assert legend.startswith("One seed: marks speak of these checkpoints, not of the methods.")
+
+
+def test_with_several_seeds_the_marks_are_named_after_methods():
+    legend = summarise(comparison(seeds=(0, 1, 2))).legend[0]
+    assert "method not significantly different" in legend
+    assert "checkpoint" not in legend
+
+
+def test_a_method_with_one_seed_among_several_is_named_in_the_legend():
+    legend = summarise(without(comparison(), method="beta", seed=1)).legend[0]
+    assert "Of rows with one seed the marks speak of these checkpoints" in legend
+
+
+def test_a_row_says_how_many_seeds_it_rests_on():
+    rows = {row.method: row for row in summarise(without(comparison(), method="beta", seed=1)).sizes[0].rows}
+    assert [rows[name].labels[2] for name in ("full", "alpha", "beta")] == ["1", "2", "1"]
+
+
+def test_the_original_has_no_seeds_that_could_vary():
+    results = comparison(["alpha"], **SMALL | {"seeds": (0, 1)}, references=("full",))
+    answer(results, "full", "sms", "1" * 100)
+    answer(results, "alpha", "sms", "1" * 85 + "0" * 15, seed=0)
+    answer(results, "alpha", "sms", "1" * 85 + "0" * 15, seed=1)
+    assert measured(summarise(results), "alpha").scores["sms"].p_full < 0.001
 
 
 def test_seeds_that_calibrate_on_the_same_records_are_warned_of():

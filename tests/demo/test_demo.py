@@ -200,6 +200,26 @@ def test_the_demo_command_compares_every_task_with_intervals(file, story):
     assert re.search(rf"^{name}, exact match +{number} +{three}", story[0].stdout, re.MULTILINE)
 
 
+def test_the_answers_of_the_original_stand_beside_those_of_what_was_made_of_it(story):
+    lines = story[0].stdout.split("question: the first of each task")[1].splitlines()
+    questions = [read(file)[0] for file in FILES]
+    for question, line in zip(questions, lines[1:], strict=False):
+        assert line.startswith(question["source"][:40])
+        target, *given = line[60:].split()
+        assert target == question["target"]
+        assert len(given) == 3
+
+
+def test_the_columns_of_the_comparison_are_explained(story):
+    text = " ".join(story[0].stdout.split())
+    for name in (
+        "original: the embedded checkpoint",
+        "majority: share of the most frequent answer",
+        "In brackets: 95 %",
+    ):
+        assert name in text
+
+
 def test_the_demo_command_reloads_to_the_logits_of_the_stock_model(story):
     difference = re.search(r"largest difference to the stock model with merged weights: (\S+)", story[0].stdout)
     assert float(difference[1]) < 1e-3

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msmoe.factorize import FactorShape, Option, allocate, curve, decompose, largest_rank, truncate
-from msmoe.factorize.allocate import lower_hull
+from msmoe.factorize.allocate import Option, allocate, curve, lower_hull
+from msmoe.factorize.decompose import decompose
+from msmoe.factorize.factors import truncate
+from msmoe.factorize.shapes import FactorShape, largest_rank
 
 
 def options(*pairs: tuple[int, float]) -> list[Option]:

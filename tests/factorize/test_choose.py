@@ -9,13 +9,14 @@ import torch
 from tiny import LAYERS, load_tensors
 
 from msmoe.errors import UserError
-from msmoe.factorize import FactorShape, decompose
 from msmoe.factorize.choose import check_budget, check_rank, energy_rank, expert_bytes, fixed_shapes
+from msmoe.factorize.decompose import decompose
 from msmoe.factorize.options import FactorOptions
 from msmoe.factorize.run import factorize
-from msmoe.families import MoELayer
+from msmoe.factorize.shapes import FactorShape
+from msmoe.families import ExpertKeys, MoELayer
 
-LAYER = MoELayer("encoder.block.1.layer.1.mlp", 6, 16, 24, "F32")
+LAYER = MoELayer("encoder.block.1.layer.1.mlp", 6, 16, 24, ExpertKeys("F32", "F32"))
 
 
 class Source:
@@ -53,7 +54,7 @@ def test_a_stack_of_zeros_holds_all_its_energy_at_rank_one():
 
 
 def test_expert_bytes_are_those_of_both_matrices_of_every_stored_expert():
-    half = replace(LAYER, dtype="BF16")
+    half = replace(LAYER, dtypes=ExpertKeys("BF16", "BF16"))
     assert expert_bytes([(LAYER, 3), (half, 2)]) == 3 * 2 * 384 * 4 + 2 * 2 * 384 * 2
 
 

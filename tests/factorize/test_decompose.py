@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from msmoe.factorize import Decomposition, FactorShape, decompose, truncate
-from msmoe.factorize.decompose import RIDGE
+from msmoe.factorize.decompose import RIDGE, Decomposition, decompose
+from msmoe.factorize.factors import truncate
+from msmoe.factorize.shapes import FactorShape
 
 SHAPES = [(6, 11), (9, 9), (11, 6)]  # fewer, as many and more outputs than inputs: two branches of the code
 

@@ -84,7 +84,7 @@ def test_what_other_options_left_is_not_resumed(exact, tmp_path):
     interrupted(exact, tmp_path / "out", rank=4)
     with pytest.raises(UserError, match="left by a run with other inputs"):
         factorize(exact, tmp_path / "out", rank=5, resume=True)
-    assert (tmp_path / "out.partial").exists()
+    assert (tmp_path / ".out.msmoe-partial").exists()
 
 
 def test_without_resume_a_killed_run_starts_afresh(exact, stats, factorized, tmp_path):
@@ -97,7 +97,7 @@ def test_without_resume_a_killed_run_starts_afresh(exact, stats, factorized, tmp
 @pytest.mark.parametrize("options", [{"rank": 4}, {"energy": 0.7}, {"rank": 4, "svd": "plain"}])
 def test_decompositions_that_another_checkpoint_left_are_not_used(options, exact, stats, tmp_path):
     interrupted(save_switch(tmp_path / "other", seed=1), tmp_path / "out", energy=0.7)
-    (tmp_path / "out.partial").rename(tmp_path / "removed")
+    (tmp_path / ".out.msmoe-partial").rename(tmp_path / "removed")
     factorize(exact, tmp_path / "out", stats=stats, resume=True, **options)
     factorize(exact, tmp_path / "fresh", stats=stats, **options)
     assert weight_files(tmp_path / "out") == weight_files(tmp_path / "fresh")
@@ -105,7 +105,7 @@ def test_decompositions_that_another_checkpoint_left_are_not_used(options, exact
 
 def test_decompositions_of_the_other_kind_are_not_used(exact, stats, tmp_path):
     interrupted(exact, tmp_path / "out", stats=stats, energy=0.7, svd="plain")
-    (tmp_path / "out.partial").rename(tmp_path / "removed")
+    (tmp_path / ".out.msmoe-partial").rename(tmp_path / "removed")
     factorize(exact, tmp_path / "out", stats=stats, energy=0.7, resume=True)
     factorize(exact, tmp_path / "fresh", stats=stats, energy=0.7)
     assert weight_files(tmp_path / "out") == weight_files(tmp_path / "fresh")
@@ -122,7 +122,7 @@ def test_another_router_is_not_taken_from_a_killed_run(switch, stats, tmp_path):
     how = {"stats": stats, "export": "native", "workers": 1}
     with pytest.raises(KeyboardInterrupt):
         apply(switch, plan, tmp_path / "out", router="dominant", progress=stop, **how)
-    (tmp_path / "out.partial").rename(tmp_path / "removed")
+    (tmp_path / ".out.msmoe-partial").rename(tmp_path / "removed")
     apply(switch, plan, tmp_path / "out", router="mean", resume=True, **how)
     apply(switch, plan, tmp_path / "fresh", router="mean", **how)
     assert weight_files(tmp_path / "out") == weight_files(tmp_path / "fresh")

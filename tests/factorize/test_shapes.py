@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msmoe.factorize import FactorShape, largest_rank
+from msmoe.factorize.shapes import FactorShape, largest_rank
 
 
 def test_the_published_shape_of_switch_base_is_counted_as_published():

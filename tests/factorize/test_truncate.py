@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from msmoe.factorize import Factors, FactorShape, decompose, truncate
+from msmoe.factorize.decompose import decompose
+from msmoe.factorize.factors import Factors, truncate
+from msmoe.factorize.shapes import FactorShape
 
 SHAPES = [(7, 12), (10, 10), (12, 7)]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import batch_of, logits_of, random_records
 from trials import LAYERS, SHORT, short, split_of, stop_after
 
-from msmoe.factorize import FactorShape
+from msmoe.factorize.shapes import FactorShape
 from msmoe.loading import load
 from msmoe.modeling.modeling_msmoe import FactorizedWeight
 from msmoe.recover.data import BatchOrder

@@ -15,11 +15,26 @@
     return unpacked[name];
   }
 
+  // A legend above a narrow chart breaks into as many columns as have room for its texts.
+  const NARROW = 640, LEGEND_COLUMN = 160, SYMBOL = 34;
+  function fitLegends(node, columns) {
+    if (node === null || typeof node !== "object") return;
+    if (node.legend?.orient === "top") node.legend.columns = Math.min(node.legend.columns ?? columns, columns);
+    Object.entries(node).forEach(([key, inner]) => { if (key !== "datasets") fitLegends(inner, columns); });
+  }
+  function fit(spec, width) {
+    if (width >= NARROW) return;
+    const columns = Math.max(1, Math.floor(width / LEGEND_COLUMN));
+    fitLegends(spec, columns);
+    spec.config = { ...spec.config, legend: { ...spec.config.legend, labelLimit: Math.floor(width / columns) - SYMBOL } };
+  }
+
   const drawn = new Map();
   function draw(element) {
     const name = element.dataset.figure;
     if (!drawn.has(name)) {
       const { uses, ...spec } = specs[name];
+      fit(spec, element.clientWidth);
       // Each view gets rows of its own: Vega marks the ones it is given.
       spec.datasets = Object.fromEntries(uses.map(key => [key, rows(key).map(row => ({ ...row }))]));
       const options = {

@@ -1,4 +1,4 @@
-"""At a glance: what the model is, what calibration saw, what it weighs and would weigh."""
+"""At a glance: quality beside size, what the model is, what calibration saw, what it weighs and would weigh."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -9,26 +9,36 @@ from msmoe.analysis.report.artefacts import Artefacts, CheckpointFolder
 from msmoe.analysis.report.charts import BLUE, GREEN, GREY
 from msmoe.analysis.report.document import Block, Fact, Facts, Figure, Note, Section
 
-from msmoe.planning import merged_size
 from msmoe.units import human_bytes
 from msmoe.usage import layer_frame
 
 SHARES = {"half": Fraction(1, 2), "a quarter": Fraction(1, 4), "an eighth": Fraction(1, 8)}
 KINDS = {"original": GREY, "predicted": BLUE, "written": GREEN}
 BAR = 26  # pixels
+UNMEASURED = (
+    "How good the model is was not measured. `msmoe evaluate CHECKPOINT --data TASK.jsonl --out results.json`, of the "
+    "original and of what was made from it, or `msmoe compare` give the scores: name their results beside the others "
+    "to see quality beside size here."
+)
 BYTES = "format(datum.value, '~s') + 'B'"  # labels of an axis
 
 
 def section(artefacts: Artefacts, say: Callable[[str], None]) -> Section | None:
-    if not artefacts.layers:
-        return None
+    lead, blocks = "", [Note(UNMEASURED)]
+    if artefacts.evaluations or artefacts.comparisons:
+        from msmoe.analysis.report.sections.quality import quality
+
+        lead, blocks = quality(artefacts)
+    if artefacts.layers:
+        blocks += model_blocks(artefacts)
+    return Section("glance", "At a glance", lead, tuple(blocks))
+
+
+def model_blocks(artefacts: Artefacts) -> list[Block]:
     sizes = size_frame(artefacts)
     facts = [*model_facts(artefacts), *usage_facts(artefacts), *size_facts(sizes)]
-    blocks: list[Block] = [Facts(tuple(facts))]
-    if len(sizes) > 1:
-        blocks.append(size_figure(sizes))
-    blocks += notes(artefacts)
-    return Section("glance", "At a glance", "", tuple(blocks))
+    figures = [size_figure(sizes)] if len(sizes) > 1 else []
+    return [Facts(tuple(facts)), *figures, *notes(artefacts)]
 
 
 def model_facts(artefacts: Artefacts) -> list[Fact]:
@@ -73,6 +83,8 @@ def size_frame(artefacts: Artefacts) -> pd.DataFrame:
     """Checkpoints in bytes: the original, what merging would leave of it, and those that were written."""
     rows = []
     if (original := artefacts.original) is not None:
+        from msmoe.planning import merged_size
+
         rows.append({"what": "original", "kind": "original", "bytes": original.summary.num_bytes})
         for label, share in SHARES.items():
             size = merged_size(original.checkpoint, float(share))

@@ -10,8 +10,6 @@ from msmoe.analysis.report.charts import BLUE, GREY, ORANGE, SEQUENTIAL, choice,
 from msmoe.analysis.report.document import Column, Figure, Note, Section, Table
 
 from msmoe.calibration.stats import Stats
-from msmoe.families import FAMILIES, MoELayer
-from msmoe.grouping import group_counts
 from msmoe.usage import COLD, layer_frame
 
 MEASURES = {
@@ -137,6 +135,9 @@ def kept_counts(stats: Stats) -> dict[str, list[int]]:
 
     Layers that `msmoe plan` leaves alone by default keep all of theirs.
     """
+    from msmoe.families import FAMILIES, MoELayer
+    from msmoe.grouping import group_counts
+
     family = FAMILIES.get(stats.checkpoint.get("model_type", ""))
     layers = tuple(MoELayer(name, n.num_experts, n.input_sum.shape[1], 0, "") for name, n in stats.layers.items())
     left = family.default_kept_layers(layers) if family else ()

@@ -122,6 +122,7 @@ def score_table(summary: Summary, name: str) -> Table:
         Column("size", "size", "number", "experts per layer that the methods of a table were given the bytes of"),
         Column("method", "method"),
         Column("kind", "kind"),
+        Column("seeds", "seeds", "integer", "with one seed, marks speak of these checkpoints, not of the method"),
         Column("bytes", "stored", "bytes", "the most over recovery steps"),
         Column("experts", "experts", "number", "stored per compressed layer, on average"),
     ]
@@ -145,6 +146,7 @@ def score_record(size: Size, row: Row, measures: Sequence[Measure]) -> dict[str,
         "size": size.experts,
         "method": shorten(row.method, NAME),
         "kind": shorten(row.kind, NAME) or MISSING,
+        "seeds": row.num_seeds,
         "bytes": row.num_bytes,
         "experts": row.average_kept,
     }

@@ -9,8 +9,6 @@ from msmoe.analysis.report.charts import COLOURS, GREY
 from msmoe.analysis.report.document import Block, Column, Figure, Note, Table, shorten
 from msmoe.analysis.report.sections.comparison.looks import MAX_NAME, controls, short_texts
 
-from msmoe.errors import UserError
-
 METRICS = {
     "exact_match": "exact match", "accuracy": "accuracy", "macro_f1": "macro F1", "loss": "loss per token",
 }  # fmt: skip
@@ -28,18 +26,13 @@ def evaluation_blocks(evaluations: Sequence[Evaluation]) -> list[Block]:
 
 
 def evaluation_frame(evaluations: Sequence[Evaluation]) -> pd.DataFrame:
-    """One row per checkpoint, task and metric.
-
-    Raises:
-        UserError: for a record that lacks a field.
-    """
-    records = []
-    for i, item in enumerate(evaluations):
-        for found in item.records:
-            try:
-                records += [(i, item.label, record) for record in metric_records(found)]
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise UserError(f"{item.label}: the results of `msmoe evaluate` are damaged: {error!r}") from error
+    """One row per checkpoint, task and metric."""
+    records = [
+        (i, item.label, record)
+        for i, item in enumerate(evaluations)
+        for found in item.records
+        for record in metric_records(found)
+    ]
     frame = pd.DataFrame([{"file": i, "label": label} | record for i, label, record in records])
     if frame.empty:
         return frame
@@ -52,11 +45,11 @@ def metric_records(found: Mapping) -> list[dict[str, object]]:
         "checkpoint": str(found["checkpoint"]),
         "task": str(found["task"]),
         "majority": found["majority_share"],
-        "parameters": int(found["num_parameters"]),
+        "parameters": found["num_parameters"],
         "bytes": found["bytes"],
         "flops": found["flops_per_token"],
-        "seconds": float(found["seconds"]),
-        "memory": int(found["peak_memory_bytes"]),
+        "seconds": found["seconds"],
+        "memory": found["peak_memory_bytes"],
     }
     records = []
     for metric, estimate in found["metrics"].items():

@@ -17,8 +17,7 @@ from msmoe.analysis.report.sections.comparison.looks import (
     steps_control,
 )
 
-from msmoe.compare.significance import ALPHA
-from msmoe.compare.summary import FULL, SAME_AS_FULL, Column, Score, Summary
+from msmoe.compare.summary import ALPHA, FULL, SAME_AS_FULL, Column, Score, Summary
 
 ROW, CELL = 19, 17  # pixels: of a method in the dots, in the map
 SAME, UNLIKE, UNTESTED = f"{SAME_AS_FULL} not distinguishable", "different", "not tested"
@@ -40,8 +39,9 @@ def task_figure(summary: Summary, name: str) -> Figure | None:
         "Differences to the full model",
         "Score of every method less that of the full model, for losses the other way round: better is to the right, "
         "methods are sorted by their mean. Lines are 95 % intervals of the method's score, the grey band is that of "
-        f"the full model; hollow with {SAME_AS_FULL}: not significantly different from it (paired test, p ≥ {ALPHA} "
-        "after Holm's correction)." + bounded(len(standing(summary)), max_methods(summary)),
+        f"the full model; hollow with {SAME_AS_FULL}: not significantly different from it (p ≥ {ALPHA} after Holm's "
+        "correction; with one seed, of these checkpoints alone)."
+        + bounded(len(standing(summary)), max_methods(summary)),
         chart.properties(width="container", height=ROW * rows),
     )
 

@@ -13,7 +13,7 @@ from msmoe.analysis.report.document import distinct
 from msmoe.calibration.stats import Stats
 from msmoe.errors import UserError
 from msmoe.inspect import INDICES, LayerSummary
-from msmoe.layer_errors import LayerError, layer_errors, made_from
+from msmoe.layer_errors import LayerError, layer_errors, made_from, refit_errors
 
 MAX_CHECKPOINTS = 7  # drawn and measured: as many as there are colours
 RANK_SECONDS = 1.5  # of one core: where stable ranks would take longer, they are left out
@@ -185,7 +185,7 @@ def layer_frame(costs: Sequence[Cost]) -> pd.DataFrame:
 def layer_row(cost: Cost, layer: LayerSummary) -> dict:
     name, about = layer.name, cost.folder.provenance
     found = cost.errors.get(name)
-    refits = [group["refit"] for group in about.get("groups", ()) if group.get("layer") == name and group.get("refit")]
+    before, after = refit_errors(about.get("groups", ())).get(name, (NAN, NAN))
     rates = about.get("drop_rates", {}).get(name, {})
     return {
         "index": cost.index,
@@ -198,9 +198,8 @@ def layer_row(cost: Cost, layer: LayerSummary) -> dict:
         "rerouted": found.rerouted if found else NAN,
         "tokens": found.num_tokens if found else 0,
         **rank_columns(cost, name, found),
-        "refits": len(refits),
-        "refit_before": mean(refit.get("error_before") for refit in refits),
-        "refit_after": mean(refit.get("error_after") for refit in refits),
+        "refit_before": before,
+        "refit_after": after,
         "drop_before": rates.get("before", NAN),
         "drop_after": rates.get("after", NAN),
     }

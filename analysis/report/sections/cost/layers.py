@@ -6,7 +6,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 from msmoe.analysis.report.charts import BLUE, COLOURS, GREY, choice
-from msmoe.analysis.report.document import Column, Figure, Table
+from msmoe.analysis.report.document import ERROR, ERROR_MEANING, Column, Figure, Table
 from msmoe.analysis.report.sections.cost.data import Cost
 
 ROW = 18  # pixels
@@ -52,9 +52,7 @@ def error_figure(layers: pd.DataFrame) -> Figure:
     return Figure(
         "cost-layer-errors",
         "Output error of each layer",
-        "Squared change of a layer's gate-weighted output relative to its square, on held-out calibration tokens "
-        "that reach it in the original model: 0 % is unchanged, 100 % as wrong as no output. Look for the layers "
-        "farthest right; those kept as they are do not show on the log scale.",
+        f"{ERROR_MEANING} Look for the layers farthest right; those kept as they are do not show on the log scale.",
         marks.add_params(scale, picked).properties(width="container", height=ROW * len(names)),
     )
 
@@ -126,9 +124,8 @@ def refit_figure(layers: pd.DataFrame, costs: Sequence[Cost]) -> Figure | None:
         return None
     return dumbbells(
         frame, costs, name="cost-refit", title="What the refit repaired", axis="relative output error", number=".3~%",
-        reading="Relative squared output error of merged groups on held-out tokens before and after their output "
-        "matrices were solved again, mean over the refitted groups of a layer. Long lines are much repaired; a short "
-        "one far right is not.",
+        reading="Relative output error of the refitted groups of a layer, on their held-out tokens, before and after "
+        "their output matrices were solved again. Long lines are much repaired; a short one far right is not.",
     )  # fmt: skip
 
 
@@ -171,10 +168,10 @@ def layer_table(layers: pd.DataFrame) -> Table:
             Column("name", "layer"),
             Column("experts", "experts", "integer", "of the original"),
             Column("stored", "stored", "integer"),
-            Column("error", "error", "share", "squared, relative to the layer's squared output"),
+            Column("error", "error", "share", ERROR),
             Column("rerouted", "rerouted", "share", "tokens that meet another gate value or expert than their own's"),
-            Column("refit_before", "before refit", "share", "relative error of groups, mean"),
-            Column("refit_after", "after refit", "share"),
+            Column("refit_before", "before refit", "share", f"{ERROR}; of its refitted groups"),
+            Column("refit_after", "after refit", "share", f"{ERROR}; of its refitted groups"),
             Column("wi_before", "stable rank wi", "number", "of the original experts, mean"),
             Column("wi_after", "wi after", "number", "of the stored ones"),
             Column("wo_before", "stable rank wo", "number", "of the original experts, mean"),

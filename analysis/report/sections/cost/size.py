@@ -6,7 +6,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 from msmoe.analysis.report.charts import BLUE, COLOURS, GREY, ORANGE, choice
-from msmoe.analysis.report.document import Column, Figure, Table
+from msmoe.analysis.report.document import ERROR, Column, Figure, Table
 from msmoe.analysis.report.sections.cost.data import Cost
 
 from msmoe.units import human_bytes
@@ -136,7 +136,7 @@ def checkpoint_table(costs: Sequence[Cost]) -> Table:
             Column("bytes", "written", "integer"),
             Column("difference", "difference", "integer"),
             Column("share", "of the original", "share"),
-            Column("largest_error", "largest layer error", "share", "squared, relative to the layer's squared output"),
+            Column("largest_error", "largest layer error", "share", ERROR),
         ),
         is_essential=True,
     )
@@ -181,7 +181,8 @@ def recovery_table(costs: Sequence[Cost]) -> Table | None:
         "cost-recovery",
         "Recovery",
         "Fine-tuning after compression: steps, and cross-entropy per target token on validation records before and "
-        "after.",
+        "after. It trains on text of the kind that the loss is measured on: this loss, and one on other text of the "
+        "kind, may fall below the original's, which alone does not make a better model.",
         pd.DataFrame(rows),
         (
             Column("checkpoint", "checkpoint"),

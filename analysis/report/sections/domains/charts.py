@@ -9,8 +9,6 @@ import pandas as pd
 from msmoe.analysis.report.charts import INK, SEQUENTIAL, choice, short_names, stack_of
 from msmoe.analysis.report.document import Figure
 from msmoe.analysis.report.sections.domains.usage import MAX_PAIRED, Distances, Domains, bounded, mean_of_known, usage
-from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
-from scipy.spatial.distance import squareform
 
 MAX_CELLS, MAX_PANEL_CELLS = 60_000, 20_000  # of the map: on the page, in files
 MAX_SHOWN = 24  # domains there
@@ -142,6 +140,9 @@ def similar_beside(frame: pd.DataFrame) -> list[str]:
     names = list(wide.index)
     if len(names) < 3:
         return names
+    from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
+    from scipy.spatial.distance import squareform
+
     distances = squareform(wide.fillna(1.0).to_numpy() * (1 - np.eye(len(names))), checks=False)
     return [names[i] for i in leaves_list(optimal_leaf_ordering(linkage(distances, "average"), distances))]
 

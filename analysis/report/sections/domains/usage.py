@@ -5,16 +5,17 @@ Shapes: K domains, E experts, N sequences, R draws, P pairs of domains, L layers
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from msmoe.analysis.report.artefacts import LabelledStats
 from msmoe.analysis.report.document import distinct
-from scipy.sparse import csr_array
-from scipy.special import entr
 
 from msmoe.calibration.stats import Stats
-from msmoe.plan import Plan
+
+if TYPE_CHECKING:
+    from msmoe.plan import Plan
 
 MAX_NAME = 28  # characters
 MAX_PAIRED = 24  # domains between which distances are measured: the largest
@@ -106,6 +107,8 @@ def usage(counts: np.ndarray) -> np.ndarray:
 
 def divergence(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Jensen-Shannon divergence (...) of shares (..., E): 0 for equal ones, 1 bit for ones that share no expert."""
+    from scipy.special import entr
+
     bits = entr((a + b) / 2).sum(-1) - (entr(a).sum(-1) + entr(b).sum(-1)) / 2
     return (bits / np.log(2)).clip(0, 1)
 
@@ -168,6 +171,8 @@ def shared_out(sequences: np.ndarray, num_tokens: np.ndarray, num_draws: int, rn
         draw[order] = np.searchsorted(ends, middle, side="right").clip(max=len(ends) - 1)
     rows = (parts + np.arange(num_draws)[:, None] * len(ends)).ravel()
     columns = np.tile(np.arange(len(sequences)), num_draws)
+    from scipy.sparse import csr_array
+
     dealt = csr_array((np.ones(len(rows), dtype=np.int64), (rows, columns)), (num_draws * len(ends), len(sequences)))
     return (dealt @ sequences).reshape(num_draws, len(ends), -1)
 
@@ -207,7 +212,7 @@ def own_experts_of(name: str, counts: np.ndarray, names: list[str]) -> pd.DataFr
     return frame.loc[(frame.share >= OWN_SHARE) & (tokens >= HANDFUL) & (expected >= HANDFUL)]
 
 
-def fate(plan: Plan, name: str, expert: int) -> str:
+def fate(plan: "Plan", name: str, expert: int) -> str:
     """What a plan does to an expert of a layer; a layer that it does not name is copied."""
     layer = plan.layers.get(name)
     if layer is None:

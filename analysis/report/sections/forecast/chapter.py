@@ -26,20 +26,18 @@ from msmoe.analysis.report.sections.forecast.data import (
     suggested_bytes,
 )
 
+from msmoe.checkpoint import Checkpoint
+from msmoe.demo import CHECKPOINT as DEMO
 from msmoe.errors import UserError
 from msmoe.forecast import Forecast
 from msmoe.planning import Planner
 
-KEY, TITLE = "forecast", "How far can I go"
 LEAD_TOLERANCE = 0.05
 NOTHING = "The only MoE layer is kept as it is by default: there is nothing to forecast."
 NAMES = {"kl": "KL divergence", "text loss": "loss on text", "task loss": "loss on tasks"}
-NEEDS_ORIGINAL = (
-    "Give the original checkpoint beside the statistics to see the error that fewer experts would make, by layer."
-)
-NEEDS_STATISTICS = (
-    "Give statistics of the checkpoint (msmoe profile) beside it to see the error that fewer experts would make, by "
-    "layer."
+UNCHECKED = (
+    "How far to trust this: no forecast of this checkpoint was checked. Results of `msmoe compare` beside these "
+    "artefacts hold it against what was measured."
 )
 TOO_LARGE = (
     "A forecast of this checkpoint takes long: --thorough makes it, and in Python msmoe.forecast for the layers and "
@@ -47,19 +45,18 @@ TOO_LARGE = (
 )
 
 
-def section(artefacts: Artefacts, say: Callable[[str], None]) -> Section | None:
-    if artefacts.original is None and artefacts.calibration is None:
-        return None
-    if artefacts.planner is None:
-        return Section(KEY, TITLE, "", (Note(NEEDS_ORIGINAL if artefacts.original is None else NEEDS_STATISTICS),))
-    scope = choose_scope(artefacts, artefacts.planner)
+def forecast_section(artefacts: Artefacts, key: str, title: str, say: Callable[[str], None]) -> Section:
+    """The chapter of an original checkpoint with statistics."""
+    planner = artefacts.planner
+    assert planner is not None
+    scope = choose_scope(artefacts, planner)
     if scope is None:
-        return Section(KEY, TITLE, "", (Note(TOO_LARGE if len(artefacts.layers) > 1 else NOTHING),))
+        return Section(key, title, "", (Note(TOO_LARGE if len(artefacts.layers) > 1 else NOTHING),))
     try:
-        found = make_forecast(scope, artefacts.planner, say)
+        found = make_forecast(scope, planner, say)
     except UserError as error:
-        return Section(KEY, TITLE, "", (Note(f"No forecast: {error}"),))
-    return Section(KEY, TITLE, lead(found, scope), tuple(blocks_of(artefacts, artefacts.planner, found, scope)))
+        return Section(key, title, "", (Note(f"No forecast: {error}"),))
+    return Section(key, title, lead(found, scope), tuple(blocks_of(artefacts, planner, found, scope)))
 
 
 def lead(found: Forecast, scope: Scope) -> str:
@@ -89,7 +86,7 @@ def blocks_of(artefacts: Artefacts, planner: Planner, found: Forecast, scope: Sc
     stored = {t: suggested_bytes(planner, found.method, found.suggest(t)) for t in TOLERANCES}
     blocks.append(bytes_table(found, stored, planner.source.num_bytes, bounded(scope)))
     blocks += measured_blocks(artefacts, found, short)
-    return blocks + [Note(text) for text in notes(found, scope)]
+    return blocks + [Note(text) for text in notes(found, scope, is_demo=is_demo(planner.source))]
 
 
 def bounded(scope: Scope) -> str:
@@ -133,7 +130,13 @@ def correlation_text(frame: Any, label: str) -> str:
     return f"Correlation of predicted with measured losses in {label}: {'; '.join(parts)}."
 
 
-def notes(found: Forecast, scope: Scope) -> list[str]:
+def is_demo(source: Checkpoint) -> bool:
+    """Whether a checkpoint is the one that the forecast was checked on."""
+    return source.fingerprint == Checkpoint(DEMO).fingerprint
+
+
+def notes(found: Forecast, scope: Scope, *, is_demo: bool) -> list[str]:
+    """What is missing or to be read with care; how good forecasts were only of the checkpoint they were checked on."""
     texts = []
     if found.whole().kl is None:
         texts.append(
@@ -142,10 +145,9 @@ def notes(found: Forecast, scope: Scope) -> list[str]:
         )
     elif not scope.is_whole:
         texts.append("The KL divergence of the whole model is not shown, as not all of its layers were forecast.")
-    checked = read_check()
-    if checked is not None and (text := check_text(checked, found.method)):
-        texts.append(text)
-    return texts
+    checked = read_check() if is_demo else None
+    text = check_text(checked, found.method) if checked else ""
+    return [*texts, text or UNCHECKED]
 
 
 def check_text(checked: dict, method: str) -> str:
@@ -159,7 +161,7 @@ def check_text(checked: dict, method: str) -> str:
         return ""
     of = f"method {method}" if which == method else "methods m-smoe and m-smoe-refit together"
     return (
-        f"How far to trust this: in a check on the demo checkpoint, {of}, the Spearman correlation over sizes of the "
-        f"predicted KL divergence with what was measured was: {', '.join(known)}. Of both methods that were checked, "
-        f"together: {verdict}."
+        f"How far to trust this: in a check on this checkpoint, the demo's, {of}, the Spearman correlation over sizes "
+        f"of the predicted KL divergence with what was measured was: {', '.join(known)}. Of both methods that were "
+        f"checked, together: {verdict}."
     )

@@ -4,7 +4,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 from msmoe.analysis.report.charts import BLUE, COLOURS, GREY, ORANGE, choice, slider
-from msmoe.analysis.report.document import Column, Figure, Table
+from msmoe.analysis.report.document import ERROR_MEANING, Column, Figure, Table
 from msmoe.analysis.report.sections.forecast.data import WHOLE, has_divergence
 
 from msmoe.forecast import Forecast
@@ -12,6 +12,7 @@ from msmoe.forecast import Forecast
 HEIGHT = 320  # pixels
 TOLERANCES = (0.01, 0.05, 0.1, 0.2)
 DASHES = ([1, 0], [6, 4], [2, 3])
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
 EXPERTS = "experts kept per layer"
 
 
@@ -35,10 +36,8 @@ def layer_figure(curves: pd.DataFrame, bounded: str) -> Figure:
         labelExpr="scale === 'log' ? format(pow(10, datum.value), '.2~p') : format(datum.value, '.3~p')", tickCount=6
     )
     y = alt.Y("shown:Q", title="predicted relative output error", axis=axis, scale=alt.Scale(zero=False))
-    colour = alt.Color(
-        f"{field}:N", title=None, sort=None, scale=alt.Scale(domain=domain, range=list(COLOURS)),
-        legend=alt.Legend(orient="top", columns=4, symbolType="stroke"),
-    )  # fmt: skip
+    legend = alt.Legend(orient="top", title=None, columns=4, symbolOpacity=1)
+    colour = alt.Color(f"{field}:N", sort=None, scale=alt.Scale(domain=domain, range=list(COLOURS)), legend=legend)
     dash = alt.StrokeDash(
         "stack:N", title=None, scale=alt.Scale(domain=stacks[:3], range=list(DASHES)),
         legend=None if few else alt.Legend(orient="top", columns=4, symbolType="stroke"),
@@ -54,12 +53,15 @@ def layer_figure(curves: pd.DataFrame, bounded: str) -> Figure:
     ]  # fmt: skip
     # Vega-Lite 6.4 loses texts in tooltips of marks that a nearest-point selection is on: it has marks of its own.
     nearest = base.mark_point(opacity=0).encode(x=x, y=y).add_params(hovered)
-    points = base.mark_circle(size=60).encode(x=x, y=y, color=colour, opacity=opacity, tooltip=tooltip)
+    shape = alt.Shape(f"{field}:N", scale=alt.Scale(domain=domain, range=list(SHAPES[: len(domain)])), legend=legend)
+    points = base.mark_point(filled=True, size=60).encode(
+        x=x, y=y, color=colour, shape=shape, opacity=opacity, tooltip=tooltip
+    )
     within = (
         base.transform_filter("datum.needed !== null && 100 * datum.needed <= tolerance")
         .transform_joinaggregate(least="min(size)", groupby=["layer"])
         .transform_filter("datum.size === datum.least")
-        .mark_point(shape="diamond", filled=True, size=110, opacity=1)
+        .mark_point(shape="circle", filled=False, size=260, strokeWidth=2, opacity=1)
         .encode(x=x, y=y, color=colour, tooltip=tooltip)
     )
     rule = (
@@ -74,9 +76,9 @@ def layer_figure(curves: pd.DataFrame, bounded: str) -> Figure:
     return Figure(
         "forecast-layers",
         "Predicted error by experts kept",
-        "Squared change of a layer's output relative to its square, if the layer keeps so many experts, on records "
-        "that the compression does not see; diamonds are the smallest sizes within the tolerated error. Look for "
-        f"where a line turns steep. {bounded}".strip(),
+        "Relative output error of a layer, if it keeps so many experts, on records that the compression does not see; "
+        "rings are around the smallest sizes within the tolerated error. Look for where a line turns steep. "
+        f"{ERROR_MEANING} {bounded}".strip(),
         alt.layer(lines, nearest, points, rule.mark_rule(strokeDash=[4, 3]), text, within)
         .add_params(scale, tolerance, picked)
         .properties(width="container", height=HEIGHT),

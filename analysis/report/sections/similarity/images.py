@@ -5,7 +5,6 @@ import io
 from collections.abc import Mapping
 
 import numpy as np
-from matplotlib import colormaps
 from msmoe.analysis.report.charts import SEQUENTIAL
 from PIL import Image
 
@@ -38,6 +37,8 @@ def levels(matrix: np.ndarray, low: float, high: float, *, side: int) -> np.ndar
 def data_uri(shades: np.ndarray) -> str:
     """A palette PNG of shades."""
     image = Image.fromarray(shades)
+    from matplotlib import colormaps
+
     colours = colormaps[SEQUENTIAL](np.linspace(0, 1, SHADES))[:, :3]
     image.putpalette(np.round(colours * 255).astype(np.uint8).tobytes())
     buffer = io.BytesIO()

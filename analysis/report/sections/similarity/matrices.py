@@ -5,20 +5,18 @@ Shapes: E experts.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from msmoe.analysis.report.artefacts import Artefacts, CheckpointFolder, LabelledPlan
 from msmoe.analysis.report.document import shorten
-from scipy.cluster.hierarchy import leaves_list, linkage
-from scipy.spatial.distance import squareform
 
-from msmoe.calibration.stats import LayerStats
 from msmoe.errors import UserError
-from msmoe.methods import CHOICES
-from msmoe.outputs import MAX_TOKENS
-from msmoe.plan import LayerPlan
-from msmoe.similarity import BASES, LayerView, similarity
+
+if TYPE_CHECKING:
+    from msmoe.calibration.stats import LayerStats
+    from msmoe.plan import LayerPlan
+    from msmoe.similarity import LayerView
 
 DEFAULT = ("router-logits", "cosine")
 FROM_STATISTICS = ("router-logits", "feature", "feature.abs", "gradient", "weight-gradient")
@@ -78,6 +76,11 @@ def wanted(plan: LabelledPlan | None) -> tuple[str, str]:
 
 def obstacle(base: str, metric: str, artefacts: Artefacts) -> str:
     """Why a similarity is not shown, empty if it can be."""
+    if (base, metric) == DEFAULT:
+        return ""
+    from msmoe.methods import CHOICES
+    from msmoe.similarity import BASES
+
     if base not in BASES or metric not in CHOICES["metric"]:
         return "this version does not know it"
     if base == "random":
@@ -93,6 +96,8 @@ def obstacle(base: str, metric: str, artefacts: Artefacts) -> str:
 
 def work(base: str, original: CheckpointFolder) -> float:
     """Multiply-adds of a base over all layers, roughly."""
+    from msmoe.outputs import MAX_TOKENS
+
     total = 0.0
     for layer in original.summary.layers:
         expert = 2 * layer.d_model * layer.d_ff
@@ -119,12 +124,31 @@ def compute(artefacts: Artefacts, base: str, metric: str, say: Callable[[str], N
         if layer.num_tokens == 0:
             continue
         say(f"similarities of layer {done} of {len(artefacts.calibration.layers)}")
+        if artefacts.planner is None and (base, metric) == DEFAULT:
+            matrices[name] = logit_similarity(np.asarray(layer.router_logits_gram))
+            continue
+        from msmoe.similarity import similarity
+
         view = artefacts.planner.view(name) if artefacts.planner else without_weights(layer)
         matrices[name] = np.nan_to_num(similarity(view, base=base, metric=metric).numpy())  # pyright: ignore
     return matrices
 
 
-def without_weights(layer: LayerStats) -> LayerView:
+def logit_similarity(gram_EE: np.ndarray) -> np.ndarray:
+    """(1 + cosine) / 2 of the experts' router logits (E, E) from their Gram matrix; 0 for logits of zero."""
+    norms = np.sqrt(np.diagonal(gram_EE))
+    products = np.outer(norms, norms)
+    cosines = np.divide(gram_EE, products, out=np.full_like(gram_EE, -1.0), where=products > 0)
+    result = np.clip((1 + cosines) / 2, 0, 1)
+    np.fill_diagonal(result, 1.0)
+    return result
+
+
+def without_weights(layer: "LayerStats") -> "LayerView":
+    import torch
+
+    from msmoe.similarity import LayerView
+
     def expert(index: int):
         raise UserError("the weights of the experts are not there")
 
@@ -136,6 +160,9 @@ def cluster(matrix: np.ndarray) -> Clustering:
     count = len(matrix)
     if count < 2:
         return Clustering(np.arange(count), np.empty((0, 5)))
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
     distance = squareform(np.clip(1 - matrix, 0, None), checks=False)
     tree = linkage(distance, method="average", optimal_ordering=count <= MAX_OPTIMAL)
     order = leaves_list(tree)
@@ -154,7 +181,7 @@ def off_diagonal(matrix: np.ndarray) -> np.ndarray:
     return matrix[np.triu_indices(len(matrix), 1)]
 
 
-def group_labels(layer: LayerPlan) -> np.ndarray:
+def group_labels(layer: "LayerPlan") -> np.ndarray:
     """The dominant expert of the group of each expert (E,); -1 for a removed one."""
     labels = np.full(layer.num_experts, -1)
     for group in layer.groups:

@@ -1,0 +1,104 @@
+"""A checkpoint's tokenizer and special tokens: what comes from its files is checked where it is read."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msmoe.errors import UserError, explain_library_errors
+from msmoe.strict_json import read_object
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
+LFS_POINTER = b"version https://git-lfs"
+DEFAULTS = {
+    "vocab_size": 32128,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": None,
+}  # of T5 and Switch
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids that a model's configuration names, each below `vocab_size`."""
+
+    pad_id: int
+    eos_id: int
+    start_id: int
+    vocab_size: int
+
+
+def special_tokens(config: Mapping[str, Any], where: str | Path) -> SpecialTokens:
+    """The special tokens of a configuration, checked.
+
+    Args:
+        where: the file or the model that it is of, for messages.
+
+    Raises:
+        UserError: if one is missing, no integer or outside the vocabulary.
+    """
+    values = {name: config.get(name, default) for name, default in DEFAULTS.items()}
+    size = values.pop("vocab_size")
+    if type(size) is not int or size < 1:
+        raise UserError(f"{where}: vocab_size must be a positive integer, got {size!r}")
+    for name, value in values.items():
+        if value is None:
+            hint = "; Switch and T5 start with the pad token" if name == "decoder_start_token_id" else ""
+            raise UserError(f"{where}: {name} is missing: set it to the token's id{hint}")
+        if type(value) is not int or not 0 <= value < size:
+            raise UserError(
+                f"{where}: {name} must be an integer from 0 to {size - 1} (vocab_size {size}), got {value!r}"
+            )
+    return SpecialTokens(*values.values(), size)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The checkpoint's tokenizer, or None if it has none; no code from the folder runs.
+
+    Raises:
+        UserError: if its files are damaged.
+    """
+    path = Path(path)
+    present = [path / name for name in FILES if (path / name).exists()]
+    if not present:
+        return None
+    for file in present:
+        check_file(file)
+    from transformers import AutoTokenizer
+
+    from msmoe.registration import register
+
+    register()  # a compressed checkpoint's configuration is then known without its own code
+    with tokenizer_errors(f"the tokenizer of {path} cannot be loaded"):
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def check_file(file: Path) -> None:
+    """Raise `UserError` for a tokenizer file that is a git-lfs pointer, no regular file, or JSON that is not."""
+    if not file.is_file():
+        raise UserError(f"{file} is not a regular file, but should be of a tokenizer")
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(len(LFS_POINTER))
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
+    if start == LFS_POINTER:
+        raise UserError(f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
+    if file.suffix == ".json":
+        read_object(file, "a tokenizer file")
+
+
+@contextlib.contextmanager
+def tokenizer_errors(what: str) -> Iterator[None]:
+    """Turn what a tokenizer library raises about files or texts into one `UserError`.
+
+    Panics of Rust code are no `Exception` (tokenizers 0.23).
+    """
+    try:
+        with explain_library_errors(what):
+            yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {' '.join(str(error).split())}") from error
