@@ -7,7 +7,9 @@ from damage import GONE, LFS, ODD, Expect, Table, Trial, as_folder, as_pipe, dum
 from world import save_tokenizer
 
 RUNS = frozenset({"evaluate", "profile", "recover", "teacher", "compress"})  # commands that run the model
-WRITES = frozenset({"apply", "factorize", "recover", "teacher", "compress"})  # commands that write a checkpoint
+WRITES = frozenset(
+    {"apply", "factorize", "recover", "teacher", "compress", "convert"}
+)  # commands that write a checkpoint
 READS = RUNS | WRITES
 SIZES = (
     "d_ff", "d_model", "d_kv", "num_heads", "num_layers", "num_decoder_layers", "vocab_size", "num_experts",

@@ -15,7 +15,7 @@ from damage import (
     text_damages,
 )
 
-READERS = ("inspect", "evaluate", "factorize", "recover", "report")
+READERS = ("inspect", "evaluate", "factorize", "recover", "report", "convert")
 LOADS = frozenset({"evaluate", "recover", "factorize"})
 EXACT, NATIVE, FACTORS = Table(), Table(), Table()
 

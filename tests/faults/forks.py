@@ -75,6 +75,7 @@ def child(work: Callable, folder: Path, scratch: Path, texts: tuple[Path, Path],
         signal.signal(signal.SIGINT, signal.default_int_handler)
         set_limits(limits)
         code = exit_code(work)
+        ignore_signals()
         sys.stdout.flush()
     except BaseException:
         traceback.print_exc()
@@ -96,6 +97,12 @@ def exit_code(work: Callable) -> int:
             return 1
         return done.code or 0
     return 0
+
+
+def ignore_signals() -> None:
+    """The work is done: a signal that comes now is too late."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def redirect(texts: tuple[Path, Path], limits: Limits) -> None:

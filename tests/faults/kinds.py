@@ -68,6 +68,7 @@ def on_checkpoint(ck: str, *names: str) -> tuple[Command, ...]:
                 "checkpoint", "out"),
         Command("report", ck, ("report", ck, "stats", "--terminal"), ("stats",), "text"),
         Command("report alone", ck, ("report", ck, "--terminal"), (), "text"),
+        Command("convert", ck, ("convert", ck, "--out", "out"), (), "checkpoint", "out"),
     )  # fmt: skip
     chosen = [c for c in table if not names or c.name in names]
     return tuple(Command(c.name, c.target, c.argv, (ck, *c.reads), c.writes, c.output) for c in chosen)
@@ -166,7 +167,7 @@ KINDS = {
     "exact": Kind(compressed_damages.EXACT, on_checkpoint("exact", *compressed_damages.READERS)),
     "native": Kind(compressed_damages.NATIVE, on_checkpoint("native", *compressed_damages.READERS)),
     "factors": Kind(
-        compressed_damages.FACTORS, on_checkpoint("factorized", "inspect", "evaluate", "recover", "report")
+        compressed_damages.FACTORS, on_checkpoint("factorized", "inspect", "evaluate", "recover", "report", "convert")
     ),
     "results": Kind(results_damages.RESULTS, on_results()),
     "comparison": Kind(results_damages.COMPARISON, on_comparison()),

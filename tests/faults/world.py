@@ -4,6 +4,7 @@ import gzip
 import importlib
 import json
 import os
+import pkgutil
 import shutil
 import sys
 from contextlib import chdir
@@ -99,24 +100,19 @@ def write_data(world: Path) -> None:
 PAIR = (("source", "input_ids"), ("target", "labels"))
 
 
-HEAVY = (
-    "accelerate", "sklearn.cluster", "transformers.models.switch_transformers.modeling_switch_transformers",
-    "msmoe.analysis.compare", "msmoe.analysis.report.terminal", "msmoe.compare.run", "msmoe.factorize.run",
-    "msmoe.recover.run",
-)  # fmt: skip
+HEAVY = ("accelerate", "sklearn.cluster", "transformers.models.switch_transformers.modeling_switch_transformers")
 
 
 def warm_up() -> None:
     """Import everything that a command may need, so that forks start with it."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
     torch.set_num_threads(1)
-    for module in HEAVY:
-        importlib.import_module(module)
-    from msmoe.cli import COMMANDS as NAMES
-    from msmoe.cli import app
+    import msmoe.analysis
 
-    for name in NAMES:
-        app.get_command(None, name)
+    ours = [m.name for p in (msmoe, msmoe.analysis) for m in pkgutil.walk_packages(p.__path__, f"{p.__name__}.")]
+    for module in (*HEAVY, *ours):
+        if not module.endswith(("__main__", "demo.reload")):  # programs
+            importlib.import_module(module)
 
 
 def adopt(checkpoint: Path, root: Path) -> None:
