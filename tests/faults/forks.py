@@ -1,5 +1,6 @@
 """Functions run in forks of a warm process: under limits of time, memory and file size, their output kept."""
 
+import fcntl
 import os
 import resource
 import select
@@ -14,7 +15,8 @@ from pathlib import Path
 
 MEMORY = 2 * 2**30  # bytes that a trial may ask for beyond what the warm process has
 SECONDS = 60.0
-IDLE = 15.0
+IDLE = 15.0  # seconds without work after which a process waits for ever
+PIPE = 2**20  # bytes of text
 
 
 @dataclass
@@ -24,14 +26,14 @@ class Limits:
     Attributes:
         memory: bytes beyond those of the warm process; seconds: of wall clock.
         file_size: largest file in bytes, as a quota would have it.
-        stdout: where standard output goes: a file beside the trial, `full` (a full device) or `closed`.
+        stdout: where standard output goes: `pipe`, `full` (a full device) or `closed`.
         signal, delay: sent after so many seconds.
     """
 
     memory: int = MEMORY
     seconds: float = SECONDS
     file_size: int | None = None
-    stdout: str = "file"
+    stdout: str = "pipe"
     signal: int | None = None
     delay: float = 0.0
 
@@ -48,35 +50,50 @@ class Outcome:
 
 
 def run_forked(work: Callable[[], object], folder: Path, scratch: Path, limits: Limits | None = None) -> Outcome:
-    """Run `work` in a fork whose working directory is `folder`; its texts go to files in `scratch`."""
+    """Run `work` in a fork whose working directory is `folder` and whose temporary files go to `scratch`."""
     limits = limits or Limits()
     scratch.mkdir(parents=True, exist_ok=True)
-    texts = scratch / "stdout", scratch / "stderr"
-    for text in texts:
-        text.write_bytes(b"")
+    pipes = open_pipe(), open_pipe()
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        child(work, folder, scratch, texts, limits)
+        child(work, folder, scratch, (pipes[0][1], pipes[1][1]), limits)
+    for _, writer in pipes:
+        os.close(writer)
     status, usage, timed_out = wait(pid, limits)
-    out, err = (text.read_bytes().decode("utf-8", "backslashreplace") for text in texts)
+    out, err = (drain(reader) for reader, _ in pipes)
     return Outcome(os.waitstatus_to_exitcode(status), out, err, timed_out, usage.ru_maxrss * 1024)
 
 
-def child(work: Callable, folder: Path, scratch: Path, texts: tuple[Path, Path], limits: Limits) -> None:
+def open_pipe() -> tuple[int, int]:
+    """A pipe that holds more than any command prints; files would count towards a quota."""
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE)
+    os.set_blocking(reader, False)
+    return reader, writer
+
+
+def drain(reader: int) -> str:
+    """What a pipe holds."""
+    with open(reader, "rb") as stream:
+        return (stream.read() or b"").decode("utf-8", "backslashreplace")
+
+
+def child(work: Callable, folder: Path, scratch: Path, writers: tuple[int, int], limits: Limits) -> None:
     """Never returns."""
     code = 70
     try:
         os.setsid()
-        redirect(texts, limits)
+        redirect(writers, limits)
         os.chdir(folder)
         os.environ["TMPDIR"] = str(scratch)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         set_limits(limits)
         code = exit_code(work)
         ignore_signals()
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -105,12 +122,13 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def redirect(texts: tuple[Path, Path], limits: Limits) -> None:
-    targets = {"file": str(texts[0]), "full": "/dev/full", "closed": str(texts[0])}
-    for number, path in ((0, "/dev/null"), (1, targets[limits.stdout]), (2, str(texts[1]))):
-        opened = os.open(path, os.O_RDWR)
-        os.dup2(opened, number)
-        os.close(opened)
+def redirect(writers: tuple[int, int], limits: Limits) -> None:
+    sources = [os.open("/dev/null", os.O_RDONLY), *writers]
+    if limits.stdout == "full":
+        sources[1] = os.open("/dev/full", os.O_WRONLY)
+    for number, source in enumerate(sources):
+        os.dup2(source, number)
+        os.close(source)
     if limits.stdout == "closed":
         os.close(1)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - the process ends with it
