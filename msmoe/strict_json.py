@@ -13,6 +13,8 @@ from typing import Any
 from msmoe.errors import UserError
 
 MAX_BYTES = 256 * 2**20  # of a file
+LFS_POINTER = "version https://git-lfs"
+LFS_ADVICE = "it is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder"
 MAX_SHOWN = 60  # characters of a wrong value
 
 
@@ -57,6 +59,8 @@ def parse(text: str, complaint: str) -> Any:
     Args:
         complaint: how the `UserError` for text that is no JSON begins, e.g. `plan.json is not a plan file`.
     """
+    if text.startswith(LFS_POINTER):
+        raise UserError(f"{complaint}: {LFS_ADVICE}")
     try:
         return json.loads(text, object_pairs_hook=_distinct, parse_constant=_refuse_constant)
     except UserError as error:

@@ -1,8 +1,10 @@
 """Options that several subcommands share."""
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,35 +15,24 @@ AT_LEAST_ONE = click.IntRange(min=1)
 
 
 def checkpoint_argument(function: Callable) -> Callable:
-    """The argument `CKPT`, and `--revision` for one on the hub."""
-    argument = click.argument("checkpoint", metavar="CKPT", callback=named_checkpoint)
-    revision = click.option(
-        "--revision", is_eager=True, expose_value=False, callback=remember_revision,
-        help="Branch, tag or commit, where CKPT is the id OWNER/NAME of a hub repository.",
-    )  # fmt: skip
-    return argument(revision(function))
+    """The argument `CKPT`, and `--revision` for one on the hub, which is fetched before any other progress bar runs."""
+
+    @functools.wraps(function)
+    def with_checkpoint(*, checkpoint: str, revision: str | None, **arguments: Any) -> Any:
+        from msmoe.checkpoint.source import hub_id, local_folder
+
+        name = f"{checkpoint}@{revision}" if revision else checkpoint
+        if revision and hub_id(name) is None:
+            raise UserError(f"--revision is of a repository on the hub, and {checkpoint} is none (OWNER/NAME)")
+        if hub_id(name) and click.get_current_context().command.name != "inspect":
+            local_folder(name)
+        return function(checkpoint=name, **arguments)
+
+    help_text = "Branch, tag or commit, where CKPT is the id OWNER/NAME of a repository on the hub."
+    argument = click.argument("checkpoint", metavar="CKPT")
+    return argument(click.option("--revision", help=help_text)(with_checkpoint))
 
 
-def remember_revision(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    ctx.meta["msmoe.revision"] = value
-
-
-def named_checkpoint(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """The folder; or the hub's id, whose files are fetched before any other progress bar runs."""
-    from msmoe.checkpoint.source import hub_id, local_folder
-
-    revision = ctx.meta.get("msmoe.revision")
-    if revision and hub_id(f"{value}@{revision}") is None:
-        raise UserError(f"--revision is of a repository on the hub, and {value} is none (OWNER/NAME)")
-    name = f"{value}@{revision}" if revision else value
-    if hub_id(name) and ctx.command.name != "inspect":
-        local_folder(name)
-    return name
-
-
-push_option = click.option(
-    "--push", metavar="OWNER/NAME", help="Upload the output to this repository of the hub; needs a token (HF_TOKEN)."
-)
 force_option = click.option("--force", is_flag=True, help="Replace what exists under the output's name.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs instead of tables.")
 seed_option = click.option(
@@ -74,7 +65,7 @@ columns_option = click.option(
     "--columns",
     metavar="FIELD=COLUMN,...",
     callback=parse_columns,
-    help="Where the data hold a record's fields, e.g. source=question,target=answer.",
+    help="Where the data hold a record's fields, e.g. source=question,target=answers.text.0.",
 )
 device_option = click.option(
     "--device",
@@ -213,7 +204,8 @@ APPLY_OPTIONS = (
         default="exact",
         show_default=True,
         help="exact: any number of experts per layer, routing as the plan says; native: stock class, needs --budget "
-        "uniform --keep-layer none; dense: a plain T5 from --experts 1 --keep-layer none.",
+        "uniform --keep-layer none; its routers have fewer rows and other gate values than a refit was solved for: "
+        "what that costs is measured and printed; dense: a plain T5 from --experts 1 --keep-layer none.",
     ),
     click.option(
         "--router",

@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny import LAYERS, load_tensors, profile_small, save_switch, weight_files, write_records
 
+from msmoe.checkpoint import Checkpoint
 from msmoe.cli import COMMANDS, app, main
 from msmoe.demo import CALIBRATION, CHECKPOINT
 from msmoe.errors import UserError
@@ -279,9 +280,9 @@ BAD = {
         "data.jsonl, line 3: exp",
     ),
     "padding only": (
-        write_data(GOOD_LINE + '{"input_ids": [0, 0], "labels": [7]}\n'),
+        write_data('{"input_ids": [0, 0], "labels": [7]}\n'),
         [PROFILE, COMPRESS, EVALUATE],
-        "data.jsonl, line 2 is all padding",
+        "data.jsonl, line 1 is all padding",
     ),
     "missing data": (nothing, [PROFILE.replace("data.jsonl", "gone.jsonl")], "cannot read gone.jsonl"),
     "too many experts": (
@@ -291,9 +292,9 @@ BAD = {
     ),
     "occupied output": (occupy, [PROFILE, PLAN, APPLY, COMPRESS, EVALUATE], "new exists; use --force to replace it"),
     "unwritable output": (
-        nothing,
-        [f"{c.rsplit(' ', 1)[0]} plan.json/new" for c in (PROFILE, PLAN, APPLY, COMPRESS, EVALUATE)],
-        "cannot write plan.json/new",
+        lambda folder: (folder / "file").touch(),
+        [f"{c.rsplit(' ', 1)[0]} file/new" for c in (PROFILE, PLAN, APPLY, COMPRESS, EVALUATE)],
+        "cannot write file/new",
     ),
     "unknown method": (nothing, [f"{PLAN} --method m-smo", f"{COMPRESS} --method m-smo"], "did you mean 'm-smoe'"),
     "unknown similarity": (nothing, [f"{PLAN} --similarity router-logit"], "did you mean 'router-logits'"),
@@ -348,9 +349,13 @@ def test_nan_in_a_merged_expert_is_named_while_applying(work, msmoe):
     key = f"{LAYERS[2]}.experts.expert_{member}.wi.weight"
 
     def edit(tensors):
-        tensors[key][12, 8] = float("nan")  # in the middle: the fingerprint does not see it
+        tensors[key][12, 8] = float("nan")
 
     edit_weights(work / "ckpt", edit)
+    fingerprint = Checkpoint(work / "ckpt").fingerprint
+    for file in (work / "plan.json", work / "stats" / "stats.json"):
+        edit_json(file, lambda content: content["checkpoint"].update(fingerprint=fingerprint))
+    edit_json(work / "plan.json", lambda content: content.update(stats={}))
     before = snapshot(work)
     code, _, err = msmoe(*APPLY.split())
     assert (code, err.count("\n")) == (2, 1)
@@ -358,8 +363,9 @@ def test_nan_in_a_merged_expert_is_named_while_applying(work, msmoe):
     assert snapshot(work) == before
 
 
-def test_force_replaces_an_occupied_output(work, msmoe):
+def test_force_replaces_an_earlier_output(work, msmoe):
     occupy(work)
+    Path("new/msmoe.json").touch()
     assert msmoe(*APPLY.split(), "--force")[0] == 0
     assert not Path("new/precious").exists()
     assert load(work / "new").config.num_experts == 6
