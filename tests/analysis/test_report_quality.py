@@ -6,12 +6,15 @@ import sys
 
 import pytest
 from compare.synthetic import comparison
+from msmoe.analysis.report import artefacts
 from msmoe.analysis.report.artefacts import gather
 from msmoe.analysis.report.build import report
 from msmoe.analysis.report.sections.glance import section
 from msmoe.analysis.report.sections.quality import lead, quality_frame
 
 from msmoe.errors import UserError
+from msmoe.evaluate.results import FORMAT as RESULTS_FORMAT
+from msmoe.plan import FORMAT as PLAN_FORMAT
 
 
 def record(checkpoint, task, value, num_bytes, *, metric="exact_match") -> dict:
@@ -104,6 +107,10 @@ def test_results_of_another_version_are_refused_as_such(version, tmp_path):
     (tmp_path / "new.json").write_text(json.dumps({"format": version}))
     with pytest.raises(UserError, match=rf"new.json is no artefact of msmoe .*{version}.*this version reads"):
         gather([tmp_path / "new.json"])
+
+
+def test_formats_that_are_known_without_their_modules_are_those_that_are_written():
+    assert (artefacts.PLAN, artefacts.RESULTS) == (PLAN_FORMAT, RESULTS_FORMAT)
 
 
 LIGHT = """
