@@ -395,8 +395,8 @@ def killed(tmp_path_factory):
     arguments = ["compress", str(CHECKPOINT), "--data", str(CALIBRATION), "--samples", "24", "--experts", "4"]
     arguments += ["--token-sample", "1024", "--out", str(folder / "out")]
     process = subprocess.Popen([MSMOE, *arguments], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    notes = folder / ".out.msmoe-partial" / ".notes"
-    while process.poll() is None and not (notes.exists() and notes.read_text().count("\n") >= 3):
+    journal = folder / ".out.msmoe-partial" / "journal"
+    while process.poll() is None and not (journal.exists() and journal.read_text().count('{"notes":') >= 3):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the command ended before it could be killed"

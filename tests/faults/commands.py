@@ -28,10 +28,11 @@ def timeless(content):
     return [timeless(value) for value in content] if isinstance(content, list) else content
 
 
-def read_results(out: Path) -> Content:
+def read_results(out: Path) -> Content | None:
+    """Results but for times; a comparison's folder without any is one to be resumed, not yet an output."""
     file = out / "results.json" if out.is_dir() else out
     if not file.exists():
-        return {}
+        return None
     content = timeless(json.loads(file.read_text()))
     if isinstance(content, dict) and "cells" in content:
         content["cells"].sort(key=lambda cell: (cell["method"], cell["seed"]))
