@@ -116,6 +116,10 @@ def finite(value: Any, where: str, *, least: float = -math.inf) -> float:
 def text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where} must be a text, got {shown(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds half a surrogate pair, which is no text: {shown(value)}") from None
     return value
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msmoe.analysis.report.document import shorten
 from msmoe.analysis.report.evaluation_records import read_records
-from msmoe.analysis.report.provenance import check_provenance
 
 from msmoe.calibration.stats import Stats
 from msmoe.compare.fields import Field, load_json
@@ -251,7 +250,6 @@ def open_checkpoint(path: Path, label: str) -> CheckpointFolder:
     checkpoint = Checkpoint(path)
     plan = path / "plan.json"
     provenance, summary = read_provenance(checkpoint), inspect(checkpoint)
-    check_provenance(provenance, f"{path / 'msmoe.json'}")
     found = Plan.load(plan) if provenance and plan.exists() else None
     if found is not None:
         check_plan(label, summary, provenance, found)

@@ -1,4 +1,4 @@
-"""What `msmoe.json` of a compressed checkpoint says, checked before chapters read it."""
+"""What `msmoe.json` of a compressed checkpoint says, checked before anything reads it."""
 
 from msmoe.compare.fields import Field
 from msmoe.errors import UserError
@@ -7,7 +7,7 @@ PAIR = ("before", "after")
 
 
 def check_provenance(provenance: dict, name: str) -> None:
-    """Check the fields that a report reads, where they are there.
+    """Check the fields that are read, where they are there.
 
     Args:
         name: of the file, for the error.
@@ -17,8 +17,11 @@ def check_provenance(provenance: dict, name: str) -> None:
     """
     about = Field(provenance)
     try:
+        if (source := about.get("source")) is not None:
+            for field in ("model_type", "fingerprint"):
+                source[field].text()
         check_numbers(about.get("bytes"), ("source", "predicted", "written"))
-        check_numbers(about.get("num_parameters"), ("source",))
+        check_numbers(about.get("num_parameters"), ("source", "predicted", "written"))
         if (export := about.get("export")) is not None:
             export.text()
         for group in elements(about.get("groups")):
