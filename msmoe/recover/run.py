@@ -70,9 +70,6 @@ def recover(
             be written.
     """
     from msmoe.device import memory_explained
-    from msmoe.registration import register
-
-    register()  # before the trainer imports the model classes, half-way through which they cannot be registered
     from msmoe.recover.trainer import Trainer
 
     chosen = RecoverOptions(**options)
