@@ -9,8 +9,9 @@ Shapes: E experts, G groups, S sampled tokens, T tokens of a group, D d_model, F
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from msmoe.factorize.options import SIZES, FactorOptions
 from msmoe.factorize.run import FactorizeReport, factorize_into
 from msmoe.families import Expert, Family, family_of
 from msmoe.files import Output
+from msmoe.layer_errors import routing_costs
+from msmoe.loading import check_complete
 from msmoe.merge import RULES
 from msmoe.merging import GroupReport, Sources, merge_one
 from msmoe.methods import check_parameters, factor_options
@@ -35,6 +38,10 @@ from msmoe.provenance import capacity_drop_rates, write_metadata
 from msmoe.prune.scores import mean_output
 from msmoe.router import RouterFit, reduce_router
 from msmoe.sequential import merge_sequentially
+from msmoe.tables import html_table
+from msmoe.verify import check_written
+
+REPORT_COLUMNS = ("layer", "merged groups", "dropped", "dropped now")
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class ApplyReport:
         routers: layer -> fit of its reduced router (`native`).
         drop_rates: layer -> share of calibration tokens over capacity, (before, after).
         num_parameters, num_bytes: as written, expert maps counted in the bytes only.
+        routing_costs: layer -> relative squared output error on held-out tokens (as the plan routes, as the reduced
+            router does), of a `native` export with statistics.
         factors: what factorising the merged experts gave, for plans that say so.
     """
 
@@ -57,7 +66,27 @@ class ApplyReport:
     drop_rates: dict[str, tuple[float, float]]
     num_parameters: int
     num_bytes: int
+    routing_costs: dict[str, tuple[float, float]] = field(default_factory=dict)
     factors: FactorizeReport | None = None
+
+    def __repr__(self) -> str:
+        row = "{:<30} {:>13} {:>8} {:>11}".format
+        return "\n".join([f"ApplyReport: {self._title}", *(row(*cells) for cells in (REPORT_COLUMNS, *self._rows()))])
+
+    def _repr_html_(self) -> str:
+        """A short table for notebooks."""
+        return html_table(self._title, REPORT_COLUMNS, self._rows())
+
+    @property
+    def _title(self) -> str:
+        return f"{self.out}: {self.num_parameters:,} parameters, {self.num_bytes:,} bytes"
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """Of each layer: name, merged groups, share of dropped tokens before and after."""
+        count = Counter(group["layer"] for group in self.groups)
+        drops = {name: [f"{rate:.2%}" for rate in rates] for name, rates in self.drop_rates.items()}
+        names = dict.fromkeys([*count, *self.routers, *drops])
+        return [(name, str(count[name]), *drops.get(name, ("-", "-"))) for name in names]
 
 
 def apply(
@@ -98,6 +127,7 @@ def apply(
     check_place(Path(out), CHECKPOINT, force=force, inputs=inputs)
     source = Checkpoint(checkpoint)
     family = family_of(source)
+    check_complete(source)
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     plan.check_against(source, family.layers(source))
     check_parameters(plan.parameters)
@@ -111,7 +141,8 @@ def apply(
         raise UserError("this plan needs --stats to factorise the merged experts")
     with Output(out, CHECKPOINT, force=force, resume=resume, inputs=inputs) as output:
         if options is None:
-            return merge(source, family, plan, output, stats=stats, **how)
+            check = partial(check_written, original=source.path)
+            return merge(source, family, plan, output, stats=stats, check=check, **how)
         return merge_and_factorize(source, family, plan, output, options, stats=stats, resume=resume, **how)
 
 
@@ -162,6 +193,7 @@ def merge(
     max_shard_bytes: int,
     workers: int | None,
     progress: Progress | None,
+    check: Callable[[Path], None] | None = None,
 ) -> ApplyReport:
     """Write the merged checkpoint of a checked plan."""
     layout = build_export(export, family, source, plan)
@@ -172,7 +204,9 @@ def merge(
         raise UserError("this plan refits layer by layer: give the calibration data with --data")
     identity = json.dumps([plan.to_json(), source.fingerprint, export, router])
     sources = Sources(family, source, plan, stats)
-    with CheckpointWriter(output, layout.tensors, identity=identity, max_shard_bytes=max_shard_bytes) as writer:
+    with CheckpointWriter(
+        output, layout.tensors, identity=identity, max_shard_bytes=max_shard_bytes, check=check
+    ) as writer:
         copy_tensors(writer, layout, source)
         with single_threaded():
             routers = write_routers(writer, layout, sources, router)
@@ -193,7 +227,8 @@ def merge(
         notes = [writer.notes[f"{layer}/{plan.layers[layer].groups[g].dominant}"] for layer, g in layout.merged]
         drop_rates = capacity_drop_rates(layout, plan, stats, source)
         write_metadata(writer, layout, sources, notes, router, routers, drop_rates)
-    return ApplyReport(writer.out, notes, routers, drop_rates, layout.num_parameters, layout.num_bytes)
+    costs = routing_costs(source, Checkpoint(writer.out), plan, stats) if layout.kind == "native" and stats else {}
+    return ApplyReport(writer.out, notes, routers, drop_rates, layout.num_parameters, layout.num_bytes, costs)
 
 
 def without_factors(plan: Plan) -> Plan:
@@ -236,7 +271,7 @@ def load_needed_stats(
         return None
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
     stats.check_against(source)
-    if plan.stats.get("sha256") not in (None, stats.digest):
+    if not stats.is_named_by(plan.stats):
         raise UserError("these are not the statistics that the plan was made from (their digests differ)")
     return stats
 

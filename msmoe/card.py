@@ -90,7 +90,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 path = "./"  # this folder, or its name on the hub
 model = AutoModelForSeq2SeqLM.from_pretrained(path{trust})
-tokenizer = AutoTokenizer.from_pretrained(path, config=model.config)
+tokenizer = AutoTokenizer.from_pretrained(path)
 batch = tokenizer(["..."], return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**batch, max_new_tokens=20), skip_special_tokens=True))
 ```

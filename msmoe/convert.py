@@ -7,6 +7,7 @@ from pathlib import Path
 from msmoe.checkpoint import Checkpoint
 from msmoe.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
 from msmoe.loading import check_complete
+from msmoe.verify import check_written
 
 LEFT_OUT = (".bin", ".safetensors", ".h5", ".msgpack", ".ckpt", ".pt", ".pth", ".gguf", ".onnx")
 MAX_FILE_BYTES = 100 * 2**20
@@ -51,7 +52,7 @@ def convert(
     check_complete(source)
     writer = CheckpointWriter(
         out, [source.spec(name) for name in source], identity=f"convert {source.fingerprint}", force=force,
-        resume=resume, max_shard_bytes=max_shard_bytes,
+        resume=resume, max_shard_bytes=max_shard_bytes, inputs=[source.path], check=check_written,
     )  # fmt: skip
     with writer:
         for done, name in enumerate(source, 1):

@@ -28,7 +28,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from msmoe.errors import UserError
-from msmoe.places import FIGURES, FILE, Kind, check_figures, check_ours, check_place, partial_of, place_of
+from msmoe.places import CHECKPOINT, FIGURES, FILE, Kind, check_figures, check_ours, check_place, partial_of, place_of
 
 JOURNAL, CONTENT, SCRATCH, REPLACED = "journal", "content", "scratch", "replaced"
 HEADER = b"msmoe-output/1\n"
@@ -40,7 +40,7 @@ NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 class Output:
     """A file or folder in the making: written to `content`, given its name by `commit`.
 
-    As a context, an error removes everything, an interrupt keeps it for a resumed run.
+    As a context, an error removes everything; an interrupt keeps a checkpoint in the making, for a resumed run.
 
     Args:
         path: final name.
@@ -170,7 +170,8 @@ class Output:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if isinstance(error, Exception | None) and not self.keep:
+        can_be_resumed = self.kind is CHECKPOINT and not isinstance(error, Exception | None)
+        if not can_be_resumed and not self.keep:
             self.abort()
         else:
             self.release()

@@ -8,14 +8,14 @@ Shapes: L layers, E experts, G groups.
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import squareform
-from torch import Tensor
 
 from msmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Budget = Literal["adaptive", "uniform"]
 REAM_CAPACITY = 16
@@ -144,6 +144,9 @@ def hierarchical(
     usage: np.ndarray, similarity: np.ndarray, count: int, *, capacity: int | None = None, seed: int = 0
 ) -> np.ndarray:
     """Agglomerative clustering of 1 - similarity with average linkage, cut into `count` clusters, labels (E,)."""
+    from scipy.cluster.hierarchy import fcluster, linkage
+    from scipy.spatial.distance import squareform
+
     if len(usage) == 1:
         return np.zeros(1, dtype=int)
     distance = squareform(np.clip(1 - similarity, 0, None), checks=False)
@@ -217,8 +220,8 @@ GROUPINGS: dict[str, Grouping] = {
 
 
 def group_experts(
-    usage: Tensor,
-    similarity: Tensor,
+    usage: "Tensor",
+    similarity: "Tensor",
     count: int,
     *,
     grouping: str = "dominant",

@@ -7,7 +7,7 @@ Shapes: E experts of the original, R router rows, G stored experts, C constants,
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,6 +142,31 @@ def refit_errors(groups: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, 
             total[1] += square * refit["error_after"]
             total[2] += square
     return {layer: (before / square, after / square) for layer, (before, after, square) in sums.items()}
+
+
+def routing_costs(
+    original: Checkpoint, native: Checkpoint, plan: Plan, stats: Stats, *, tokens: int = 1024
+) -> dict[str, tuple[float, float]]:
+    """What the reduced routers of a `native` export cost: output errors under the plan's routing, and under theirs.
+
+    A refit solves for the original's gate values; a router with fewer rows gives others.
+
+    Returns:
+        layer with a reduced router -> relative squared output errors on held-out tokens: with original rows and map, as
+        an `exact` export of the same plan has it, and with the rows of the export. NaN without tokens.
+    """
+    family, costs = family_of(original), {}
+    for layer in family.layers(native):
+        before = read_layer(family, original, layer.name, stats.layers[layer.name].num_experts)
+        exported = read_layer(family, native, layer.name, layer.num_experts)
+        if layer.name not in plan.layers or len(exported.rows) == len(before.rows):
+            continue
+        targets = torch.tensor(plan.layers[layer.name].expert_map)
+        planned = replace(exported, rows=before.rows, bias=before.bias, targets=targets)
+        how = {"tokens": tokens, "every": False, "stable_ranks": False, "seen": True}
+        errors = [compare_layers(before, after, None, stats.layers[layer.name], **how) for after in (planned, exported)]
+        costs[layer.name] = errors[0].error, errors[1].error
+    return costs
 
 
 def check_layers(source: Checkpoint, family: Family, target: Checkpoint, stored_family: Family, stats: Stats) -> None:

@@ -13,12 +13,14 @@ from msmoe.checkpoint.reader import Checkpoint
 from msmoe.errors import UserError, explain_library_errors, warn
 from msmoe.families import FAMILIES
 from msmoe.registration import register
+from msmoe.strict_json import read_object
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 LOADABLE = ("switch_transformers", "msmoe_switch_transformers", "t5")
+GENERATION = "generation_config.json"
 SHOWN = 3  # tensors named in a message
 PREFIXES = ("module.", "model.", "_orig_mod.", "transformer.")  # that wrappers leave in names
 
@@ -75,6 +77,8 @@ def check_complete(checkpoint: Checkpoint) -> list[Tied]:
     Raises:
         UserError: for a parameter that the file lacks, or has in another shape.
     """
+    if (checkpoint.path / GENERATION).exists():
+        read_object(checkpoint.path / GENERATION, "a configuration of generation")
     model = skeleton(checkpoint)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     unused = [name for name in checkpoint if name not in shapes and not is_ignored(model, name)]

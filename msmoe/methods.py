@@ -400,6 +400,9 @@ def check_parameters(parameters: dict) -> None:
     for name, allowed in CHOICES.items():
         if name in parameters:
             choose(name.replace("_", "-"), parameters[name], allowed)
+    experts = parameters.get("experts", 1)
+    if isinstance(experts, bool) or not isinstance(experts, int | float):
+        raise UserError(f"--experts must be a number such as 4 or a share such as 25%, got {experts!r}")
     if not isinstance(parameters.get("canonical", False), bool):
         raise UserError(f"canonical must be true or false, got {parameters['canonical']!r}")
 

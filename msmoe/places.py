@@ -65,6 +65,8 @@ def check_place(path: Path, kind: Kind, *, force: bool = False, inputs: Iterable
     try:
         for source in inputs:
             check_apart(path, Path(source))
+        if kind.is_file and not place.parent.is_dir():
+            raise UserError(f"cannot write {path}: no folder {path.parent}")
         if not exists(place):
             check_parent(path, place)
         elif not force:
@@ -91,7 +93,7 @@ def check_apart(path: Path, source: Path) -> None:
     for place in {place_of(path), real(path)}:
         if place.exists() and place.samefile(source):
             raise UserError(f"{path} is what it would be made from: choose another --out")
-        if any(parent.exists() and parent.samefile(source) for parent in place.parents):
+        if source.is_dir() and any(parent.exists() and parent.samefile(source) for parent in place.parents):
             raise UserError(f"{path} lies inside {source}, which it is made from: choose another --out")
         if place in real(source).parents:
             raise UserError(f"{path} holds {source}, which it is made from: choose another --out")

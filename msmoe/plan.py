@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from msmoe import strict_json
 from msmoe.errors import UserError
 from msmoe.strict_json import finite, items, members, text, whole
+from msmoe.tables import html_table
+from msmoe.units import human_bytes
 
 if TYPE_CHECKING:
     from msmoe.checkpoint import Checkpoint
@@ -102,7 +104,10 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done to a checkpoint. Layers not named are copied; `notes` say how a layer's plan was found."""
+    """What will be done to a checkpoint. Layers not named are copied.
+
+    `notes` say how a layer's plan was found, `kept` what the experts of the layers left as they are take, in bytes.
+    """
 
     method: str
     parameters: dict[str, Any]
@@ -112,6 +117,7 @@ class Plan:
     layers: dict[str, LayerPlan]
     predicted: dict[str, int] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         content = {
@@ -134,6 +140,7 @@ class Plan:
             },
             "predicted": self.predicted,
             **({"notes": self.notes} if self.notes else {}),
+            **({"kept": self.kept} if self.kept else {}),
         }
         return json.dumps(content, indent=2) + "\n"
 
@@ -168,6 +175,7 @@ class Plan:
             layers={name: _parse_layer(entry, f"{path}: layers.{name}") for name, entry in layers.items()},
             predicted={name: whole(n, f"{path}: predicted.{name}") for name, n in part("predicted").items()},
             notes=_parse_texts(part("notes"), f"{path}: notes"),
+            kept={name: whole(n, f"{path}: kept.{name}") for name, n in part("kept").items()},
         )
         for name, layer in plan.layers.items():
             check_layer(name, layer)
@@ -200,12 +208,8 @@ class Plan:
         """Refuse a plan that was made for another checkpoint.
 
         Raises:
-            UserError: if the fingerprint, a layer name or a number of experts differs, or a parameter has a value that
-                no method knows.
+            UserError: if the fingerprint, a layer name or a number of experts differs.
         """
-        from msmoe.methods import check_parameters
-
-        check_parameters(self.parameters)
         if self.checkpoint.get("fingerprint") != checkpoint.fingerprint:
             raise UserError(f"the plan was made for another checkpoint than {checkpoint.path} (fingerprints differ)")
         known = {layer.name: layer.num_experts for layer in layers}
@@ -216,22 +220,50 @@ class Plan:
             if layer.num_experts != known[name]:
                 raise UserError(f"the plan counts {layer.num_experts} experts in {name}, it has {known[name]}")
 
+    @property
+    def remarks(self) -> list[str]:
+        """What a print says below the layers: those kept as they are and their cost, the size, what was chosen."""
+        size = self.predicted.get("bytes")
+        lines = []
+        for name, cost in self.kept.items():
+            share = f", {cost / size:.1%} of the output" if size else ""
+            lines.append(f"kept as it is: {name}, its experts take {cost:,} bytes ({human_bytes(cost)}{share})")
+        target = self.parameters.get("target_size")
+        if target:
+            rank, experts = self.parameters.get("rank"), self.parameters.get("experts", 0)
+            chosen = f"rank {rank}" if rank else f"{experts:.4g} experts per layer on average"
+            lines.append(f"the most that fits into {target:,} bytes: {chosen}")
+        if size is None:
+            at_most = ", at most the target where one is given"
+            return [*lines, f"predicted: known once the merged experts are decomposed{at_most}"]
+        return [*lines, f"predicted: {self.predicted['num_parameters']:,} parameters, {size:,} bytes "
+                        f"({human_bytes(size)})"]  # fmt: skip
+
     def __str__(self) -> str:
-        size = "size known once the merged experts are decomposed"
-        if self.predicted:
-            size = f"{self.predicted['num_parameters']:,} parameters, {self.predicted['bytes']:,} bytes"
-        lines = [f"{self.method}: {size}"]
         width = max((len(name) for name in self.layers), default=0)
+        lines = [self.method]
         for name, layer in self.layers.items():
             groups = "  ".join(map(str, layer.groups))
             removed = f"  without {','.join(map(str, layer.removed))}" if layer.removed else ""
             lines.append(f"{name:<{width}}  {layer.num_experts:>3} -> {len(layer.groups):>3}  {groups}{removed}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.remarks])
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        """A short table for notebooks."""
+        rows = [
+            (name, layer.num_experts, len(layer.groups), "  ".join(map(str, layer.groups)))
+            for name, layer in self.layers.items()
+        ]
+        head = ("layer", "experts", "kept", "groups (dominant < members)")
+        return html_table(f"Plan: {self.method}", head, rows, self.remarks)
 
 
 NUMBERS = ("experts", "keep_rows")  # parameters by the type of their values
 OPTIONAL_NUMBERS = ("energy", "target_ratio")
-OPTIONAL_WHOLE = ("group_capacity", "rank", "target_bytes")
+OPTIONAL_WHOLE = ("group_capacity", "rank", "target_bytes", "target_size")
 TEXTS = (
     "budget", "saliency", "others", "selection", "similarity", "metric", "grouping", "weighting", "rule", "align",
     "align_to", "refit", "routing", "svd", "row_score",

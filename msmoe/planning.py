@@ -4,6 +4,7 @@ Shapes: E experts.
 """
 
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from msmoe.prune.scores import shares
 from msmoe.prune.subset import SubsetErrors
 from msmoe.router import ROUTERS
 from msmoe.similarity import LayerView, similarity
+from msmoe.sizes import Choices, settle
 
 
 def plan(
@@ -55,11 +57,13 @@ def plan(
         keep_layers: layers left as they are; by default the first MoE layer of the encoder, `["none"]` for none.
         seed: for seeded scores, groupings and similarities.
         export: the export for which size is predicted.
-        **choices: any attribute of `Parameters`, in place of the method's default.
+        **choices: any attribute of `Parameters`, in place of the method's default. `experts` may be a share such as
+            `"25%"`. `target_size`, such as `"500MB"` or `"50%"` of the input, takes its place: the most experts whose
+            written bytes fit are kept; a method that factorises gets the largest rank that fits.
 
     Raises:
         UserError: for statistics of another checkpoint or without what the method needs, an unknown name or an
-            impossible number of experts.
+            impossible number of experts or size.
     """
     planner = Planner(checkpoint, stats)
     return planner.plan(method, keep_layers=keep_layers, seed=seed, export=export, **choices)
@@ -102,7 +106,14 @@ class Planner:
         **choices,
     ) -> Plan:
         """As `msmoe.plan`."""
-        decided = self.decide(method, keep_layers=keep_layers, seed=seed, **choices)
+        predicted: Callable[[Choices], int] = lambda tried: self.predicted_bytes(
+            method, keep_layers=keep_layers, seed=seed, export=export, **tried
+        )
+        layers = self.compressible(keep_layers)
+        settled, target = settle(method, choices, layers, self.source.num_bytes, predicted)
+        decided = self.decide(method, keep_layers=keep_layers, seed=seed, **settled)
+        if target is not None:
+            decided = replace(decided, parameters=decided.parameters | {"target_size": target})
         return predict(self.family, self.source, decided, export=export)
 
     def decide(self, method: str, *, keep_layers: list[str] | None = None, seed: int = 0, **choices) -> Plan:
@@ -125,16 +136,8 @@ class Planner:
             UserError: as `plan`, and for factors whose sizes follow from the merged weights.
         """
         request = self._request(method, keep_layers, seed, choices)
-        removes = request.parameters.others in REROUTING
-        sketches = {
-            name: sketch(self.stats.layers[name].num_experts, count, removes=removes)
-            for name, count in request.counts.items()
-        }
-        predicted = predict(self.family, self.source, self._plan(request, sketches, {}), export=export).predicted
-        if not predicted:
-            raise UserError(f"the size of method {method} is known only once the merged experts are decomposed: "
-                            "give --rank")  # fmt: skip
-        return predicted["bytes"]
+        counts = {name: (self.stats.layers[name].num_experts, count) for name, count in request.counts.items()}
+        return sketched_bytes(self.family, self.source, method, request.parameters, counts, export=export)
 
     def compressible(self, keep_layers: list[str] | None) -> list[MoELayer]:
         """The MoE layers that are not kept as they are."""
@@ -165,6 +168,11 @@ class Planner:
             stats=self.stats.reference,
             layers=layers,
             notes=notes,
+            kept={
+                layer.name: bytes_of_experts(self.family, self.source, layer)
+                for layer in self.layers
+                if layer.name in kept
+            },
         )
 
     def view(self, name: str) -> LayerView:
@@ -193,15 +201,25 @@ def check_request(
     **choices,
 ) -> None:
     """Raise `UserError` for everything about a plan and its export that is wrong whatever calibration will see."""
-    parameters = resolve(method, choices)
+    choose("method", method, METHODS)
     choose("export", export, EXPORTS)
     choose("router", router, ROUTERS)
     layers = family.layers(checkpoint)
     kept = resolve_kept_layers(family, layers, keep_layers)
     compressible = [layer for layer in layers if layer.name not in kept]
-    parameters = with_rank_that_fits(parameters, choices, compressible)
-    flat = [torch.full((layer.num_experts,), 1 / layer.num_experts) for layer in compressible]
-    parameters, counts = count_experts(method, compressible, flat, parameters)
+
+    def counted(tried: Choices) -> tuple[Parameters, list[int]]:
+        found = with_rank_that_fits(resolve(method, tried), tried, compressible)
+        flat = [torch.full((layer.num_experts,), 1 / layer.num_experts) for layer in compressible]
+        return count_experts(method, compressible, flat, found)
+
+    def predicted(tried: Choices) -> int:
+        found, numbers = counted(tried)
+        stored = {n.name: (n.num_experts, count) for n, count in zip(compressible, numbers, strict=True)}
+        return sketched_bytes(family, checkpoint, method, found, stored, export=export)
+
+    settled, _ = settle(method, choices, compressible, checkpoint.num_bytes, predicted)
+    parameters, counts = counted(settled)
     if parameters.factors is not None:
         check_rank(parameters.factors, list(zip(compressible, counts, strict=True)))
         if export == "dense" or (export == "native" and parameters.factors.is_budget):
@@ -248,6 +266,40 @@ def sketch(num_experts: int, count: int, *, removes: bool) -> LayerPlan:
     first = Group(0, (0,), (1.0,)) if removes else Group(0, rest, one_hot)
     groups = (first, *(Group(e, (e,), (1.0,)) for e in alone))
     return LayerPlan(num_experts, groups, tuple(rest[1:]) if removes else ())
+
+
+def sketched_bytes(
+    family: Family,
+    checkpoint: Checkpoint,
+    method: str,
+    parameters: Parameters,
+    counts: dict[str, tuple[int, int]],
+    *,
+    export: str,
+) -> int:
+    """Bytes that a plan would store: which experts it keeps does not matter.
+
+    Args:
+        counts: of every layer that is not kept as it is, its number of experts and how many of them stay.
+
+    Raises:
+        UserError: for factors whose sizes follow from the merged weights.
+    """
+    removes = parameters.others in REROUTING
+    sketches = {name: sketch(before, after, removes=removes) for name, (before, after) in counts.items()}
+    source = {"model_type": checkpoint.model_type, "fingerprint": ""}
+    drawn = Plan(method, asdict(parameters), 0, source, {}, sketches)
+    found = predict(family, checkpoint, drawn, export=export).predicted
+    if not found:
+        raise UserError(f"the size of method {method} is known only once the merged experts are decomposed: "
+                        "give --rank")  # fmt: skip
+    return found["bytes"]
+
+
+def bytes_of_experts(family: Family, checkpoint: Checkpoint, layer: MoELayer) -> int:
+    """Bytes of the experts of a layer as they are."""
+    keys = [key for e in range(layer.num_experts) for key in family.expert_keys(layer.name, e)]
+    return sum(checkpoint.spec(key).num_bytes for key in keys)
 
 
 def merged_size(checkpoint: Checkpoint, share: float, *, keep_layers: list[str] | None = None) -> dict[str, int]:

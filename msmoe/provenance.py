@@ -15,7 +15,9 @@ from msmoe.export import Export
 from msmoe.families import Family
 from msmoe.merging import Sources
 from msmoe.plan import Plan
+from msmoe.provenance_checks import check_provenance
 from msmoe.router import RouterFit
+from msmoe.strict_json import read_object
 
 OWN_FILES = ("config.json", "plan.json", "msmoe.json", "README.md", "model.safetensors.index.json")
 KEPT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".vocab")  # tokenizer and generation settings
@@ -137,12 +139,19 @@ def with_shape(matrix: dict, shapes: dict) -> dict:
 
 
 def read_provenance(source: Checkpoint) -> dict:
-    """Content of a checkpoint's `msmoe.json`; empty for one that has none, or none that can be read."""
-    try:
-        content = json.loads((source.path / "msmoe.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """Content of a checkpoint's `msmoe.json`; empty for one that has none, or one of another format.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    file = source.path / "msmoe.json"
+    if not file.exists():
         return {}
-    return content if isinstance(content, dict) and content.get("format") == FORMAT else {}
+    content = read_object(file, "a checkpoint's provenance")
+    if content.get("format") != FORMAT:
+        return {}
+    check_provenance(content, str(file))
+    return content
 
 
 def original_fingerprint(source: Checkpoint) -> str:

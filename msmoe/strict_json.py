@@ -13,6 +13,8 @@ from typing import Any
 from msmoe.errors import UserError
 
 MAX_BYTES = 256 * 2**20  # of a file
+LFS_POINTER = "version https://git-lfs"
+LFS_ADVICE = "it is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder"
 MAX_SHOWN = 60  # characters of a wrong value
 
 
@@ -57,6 +59,8 @@ def parse(text: str, complaint: str) -> Any:
     Args:
         complaint: how the `UserError` for text that is no JSON begins, e.g. `plan.json is not a plan file`.
     """
+    if text.startswith(LFS_POINTER):
+        raise UserError(f"{complaint}: {LFS_ADVICE}")
     try:
         return json.loads(text, object_pairs_hook=_distinct, parse_constant=_refuse_constant)
     except UserError as error:
@@ -112,6 +116,10 @@ def finite(value: Any, where: str, *, least: float = -math.inf) -> float:
 def text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where} must be a text, got {shown(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds half a surrogate pair, which is no text: {shown(value)}") from None
     return value
 
 

@@ -3,10 +3,14 @@
 Shapes: E experts.
 """
 
-import numpy as np
-import pandas as pd
+from typing import TYPE_CHECKING
 
-from msmoe.calibration.stats import Stats
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from msmoe.calibration.stats import Stats
 
 COLD = 0.1  # of an equal share: experts that get less are cold
 
@@ -38,7 +42,7 @@ def imbalance(usage: np.ndarray) -> float:
     return float(usage.max() * len(usage))
 
 
-def layer_frame(stats: Stats) -> pd.DataFrame:
+def layer_frame(stats: "Stats") -> "pd.DataFrame":
     """One row per MoE layer.
 
     Columns: layer; num_experts; num_tokens (routed ones); used, cold, dead (experts: of at least one routed token; of
@@ -46,10 +50,12 @@ def layer_frame(stats: Stats) -> pd.DataFrame:
     ones); entropy (over ln E, 0 to 1); effective_experts (exp of the entropy, 1 to E); gini (0 to 1); imbalance
     (largest over mean share); largest_share. A layer that saw no token has no number for what follows from shares.
     """
+    import pandas as pd
+
     rows = []
     for name, layer in stats.layers.items():
-        usage = layer.usage_frequency.numpy()
-        dead = int((layer.routed == 0).sum())
+        usage = layer.usage
+        dead = int((layer.array("routed") == 0).sum())
         seen = layer.num_tokens > 0
         measured = {
             "entropy": entropy(usage), "effective_experts": effective_experts(usage), "gini": gini(usage),

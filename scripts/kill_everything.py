@@ -19,7 +19,7 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "faults")]
 
 import torch  # noqa: E402
-from commands import commands  # noqa: E402
+from commands import Inputs, commands, compressing, measuring  # noqa: E402
 from killing import kills  # noqa: E402
 
 
@@ -33,7 +33,8 @@ def main() -> int:
     torch.set_num_threads(1)  # a forked process has no threads of its parent
     total = bad = 0
     with tempfile.TemporaryDirectory() as work:
-        made = commands(Path(work))
+        inputs = Inputs(Path(work))
+        made = commands(compressing(inputs) | measuring(inputs))
         for name, command in made.items():
             if chosen.only and not name.startswith(tuple(chosen.only)):
                 continue

@@ -79,7 +79,7 @@ def usage_grid(stats: Stats) -> Grid:
     short = short_names(list(stats.layers))
     for name, layer in stats.layers.items():
         seen = layer.num_tokens > 0
-        usage = layer.usage_frequency.numpy() * seen
+        usage = layer.usage * seen
         grid.add_row(
             Text(shorten(short[name])),
             Text(characters(usage, SHADES)),

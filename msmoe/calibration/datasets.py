@@ -20,7 +20,7 @@ def task_files_in(task: str | Path) -> list[Path]:
         return [folder]
     files = files_in(folder)
     if not files:
-        raise DataError(f"{folder} is a folder without *.jsonl or other data files ({KNOWN})")
+        raise DataError(f"{folder} is a folder without *.jsonl files, or any other data ({KNOWN})")
     return files
 
 

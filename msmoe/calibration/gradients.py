@@ -42,9 +42,9 @@ def gradient_grams(
         for kind in (0, 1):  # wi and wo add up
             weights = [parameters[family.expert_keys(layer.name, e)[kind]] for e in range(layer.num_experts)]
             flat = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-            gradient = torch.stack(flat).flatten(1)
-            scaled = gradient * torch.stack([w.detach() for w in weights]).flatten(1)
-            gram += torch.stack([gradient @ gradient.T, scaled @ scaled.T]).double().cpu()
+            gradient = torch.stack(flat).flatten(1).float()
+            scaled = gradient * torch.stack([w.detach() for w in weights]).flatten(1).float()
+            gram += torch.stack([gradient @ gradient.T, scaled @ scaled.T]).cpu().double()
         grams[layer.name] = gram[0], gram[1]
     model.zero_grad(set_to_none=True)
     return grams

@@ -135,14 +135,32 @@ def check_columns(columns: Columns) -> None:
 
 
 def renamed(row: Any, columns: Columns, place: str) -> Any:
-    """The row with the fields that `columns` names, in place of their columns."""
+    """The row with the fields that `columns` names, in place of their columns.
+
+    A column may lie within another: `translation.en`, `answers.text.0`.
+
+    Raises:
+        DataError: for a column that the row does not have.
+    """
     if not columns or not isinstance(row, Mapping):
         return row
-    missing = next((column for column in columns.values() if column not in row), None)
-    if missing is not None:
-        raise DataError(f"{place}: no column {missing!r}; there are {', '.join(map(str, row)) or 'none'}")
-    moved = set(columns.values())
-    return {k: v for k, v in row.items() if k not in moved} | {f: row[column] for f, column in columns.items()}
+    found = {field: value_at(row, column, place) for field, column in columns.items()}
+    moved = {column if column in row else column.split(".")[0] for column in columns.values()}
+    return {key: value for key, value in row.items() if key not in moved} | found
+
+
+def value_at(row: Mapping[str, Any], column: str, place: str) -> Any:
+    if column in row:
+        return row[column]
+    value: Any = row
+    for part in column.split("."):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdecimal():
+            value = value[int(part)] if int(part) < len(value) else None
+        else:
+            raise DataError(f"{place}: no column {column!r}; there are {', '.join(map(str, row)) or 'none'}")
+    return value
 
 
 def check_record(record: Any, place: str) -> Record | None:
@@ -175,8 +193,11 @@ def check_ids(record: Record, field: str) -> None:
     for name in (field, MASKS[field]):
         value = record.get(name)
         value = value.tolist() if hasattr(value, "tolist") else value  # type: ignore[union-attr]
-        if value is None and name == MASKS[field]:
-            continue
+        if name == MASKS[field]:
+            if value is None:
+                continue
+            if isinstance(value, list):
+                value = [int(i) if type(i) is bool else i for i in value]
         if not isinstance(value, list) or not all(type(i) is int for i in value):
             raise DataError(f"{record.place}: {name} must be a list of integers")
         record[name] = value

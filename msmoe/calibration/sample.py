@@ -8,10 +8,12 @@ Shapes: S sampled tokens, T tokens, E experts, D d_model.
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -28,43 +30,51 @@ class TokenSample:
             tokens of records that it was not asked for; (S, 0) where it was not recorded.
     """
 
-    inputs: Tensor
-    expert: Tensor
-    gate: Tensor
-    record: Tensor
-    position: Tensor
-    key: Tensor
-    output_gradient: Tensor
+    inputs: "Tensor"
+    expert: "Tensor"
+    gate: "Tensor"
+    record: "Tensor"
+    position: "Tensor"
+    key: "Tensor"
+    output_gradient: "Tensor"
 
     def __len__(self) -> int:
         return len(self.expert)
 
-    def select(self, chosen: Tensor) -> "TokenSample":
+    def select(self, chosen: "Tensor") -> "TokenSample":
         """Tokens at the indices, or under the mask, `chosen`."""
         return TokenSample(*(getattr(self, f.name)[chosen] for f in fields(self)))
 
     def drawn(self, size: int, num_experts: int) -> "TokenSample":
         """The sample of at most `size` tokens, in the order of the keys."""
+        import torch
+
         kept = self.select(torch.from_numpy(sample_mask(self.key.numpy(), self.expert.numpy(), num_experts, size)))
         return kept.select(torch.from_numpy(np.lexsort((kept.position.numpy(), kept.record.numpy(), kept.key.numpy()))))
 
     @property
-    def held_out(self) -> Tensor:
+    def held_out(self) -> "Tensor":
         """(S,) bool: about half of the tokens, whole records at a time, so that both halves are independent."""
+        import torch
+
         return torch.from_numpy(mix(self.record.numpy().astype(np.uint64)) >> np.uint64(63) == 1)
 
-    def weights(self, dispatched: Tensor) -> Tensor:
+    def weights(self, dispatched: "Tensor") -> "Tensor":
         """(S,) float64: tokens of the calibration data that each sampled token stands for.
 
         Args:
             dispatched: (E,) dispatched tokens of each expert.
         """
+        import torch
+
         sampled = torch.bincount(self.expert, minlength=len(dispatched))
         return (dispatched.double() / sampled.clamp(min=1))[self.expert]
 
     @property
-    def has_gradient(self) -> Tensor:
+    def has_gradient(self) -> "Tensor":
         """(S,) bool: tokens whose output gradient is known."""
+        import torch
+
         if self.output_gradient.shape[1] == 0:
             return torch.zeros(len(self), dtype=torch.bool)
         return self.output_gradient[:, 0].isfinite()
@@ -72,6 +82,8 @@ class TokenSample:
     @staticmethod
     def concatenate(samples: "list[TokenSample]") -> "TokenSample":
         """All tokens of some samples; without gradients unless every sample has them."""
+        import torch
+
         if len({s.output_gradient.shape[1] for s in samples}) > 1:
             samples = [replace(s, output_gradient=s.output_gradient[:, :0]) for s in samples]
         return TokenSample(*(torch.cat([getattr(s, f.name) for s in samples]) for f in fields(TokenSample)))

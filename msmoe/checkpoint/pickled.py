@@ -15,6 +15,7 @@ from torch import Tensor
 
 from msmoe.checkpoint.reader import DTYPES, Location, TensorSpec
 from msmoe.errors import UserError
+from msmoe.strict_json import LFS_ADVICE, LFS_POINTER
 
 NAMES = {getattr(torch, stored.torch_name): name for name, stored in DTYPES.items()}
 FORBIDDEN = re.compile(r"GLOBAL (\S+)|class (\S+)")
@@ -32,8 +33,8 @@ def read_pickle(file: Path) -> dict[str, tuple[TensorSpec, Location | Tensor]]:
     """
     with file.open("rb") as stream:
         start = stream.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{file} is a git-lfs pointer, not the weights: fetch them with `git lfs pull`")
+    if start.startswith(LFS_POINTER.encode()):
+        raise UserError(f"{file} holds no weights: {LFS_ADVICE}")
     is_zip = start.startswith(b"PK")
     state = load(file, on_disk=is_zip)
     if not isinstance(state, dict):

@@ -23,7 +23,7 @@ from msmoe.checkpoint.source import (
     weight_files,
 )
 from msmoe.errors import UserError
-from msmoe.strict_json import read_object
+from msmoe.strict_json import LFS_ADVICE, LFS_POINTER, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,7 @@ DTYPES = {
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library
+LFS_BYTES = 1024  # more than any pointer has
 COPY_BLOCK = 8 * 2**20
 
 
@@ -92,7 +93,10 @@ def read_header(file: Path) -> dict[str, tuple[TensorSpec, Location]]:
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))
+            start = stream.read(8)
+            if start and LFS_POINTER.encode().startswith(start) and size < LFS_BYTES:
+                raise UserError(f"{file} holds no weights: {LFS_ADVICE}")
+            (length,) = struct.unpack("<Q", start.ljust(8, b"\0"))
             if size < 8 or not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
                 raise UserError(f"{file} is truncated or not a safetensors file ({size} bytes)")
             header = json.loads(stream.read(length))

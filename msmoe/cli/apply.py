@@ -7,11 +7,16 @@ import click
 from msmoe.cli.console import console, print_json, progress, table
 from msmoe.cli.factorize import rank_table
 from msmoe.cli.options import APPLY_OPTIONS, add_options, checkpoint_argument, json_option, parse_size
+from msmoe.cli.push import push_option
 from msmoe.units import human_bytes
 
 ERROR_MEANING = (
     "error: relative output error, squared, of the refitted groups on held-out tokens, each weighed by the calibration "
     "tokens that it stands for; 100 % is as far off as no output"
+)
+ROUTING_MEANING = (
+    "as exported: the same error with the routers of the native export, whose gate values are not those that the refit "
+    "was solved for; an exact export keeps the error after refit"
 )
 
 
@@ -24,6 +29,7 @@ ERROR_MEANING = (
 @click.option("--data", help="Calibration data; needed by plans with sequential refit.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to write.")
 @add_options(APPLY_OPTIONS)
+@push_option
 @json_option
 def command(
     checkpoint: Path, plan_file: Path, stats: Path | None, data: str | None, out: Path, export: str, router: str,
@@ -59,6 +65,7 @@ def print_report(report, *, as_json: bool) -> None:
                 "groups": report.groups,
                 "drop_rates": report.drop_rates,
                 "factors": report.factors and report.factors.matrices,
+                "routing_costs": {n: {"planned": a, "exported": b} for n, (a, b) in report.routing_costs.items()},
                 "routers": {
                     n: {"agreement": r.agreement, "gate_error": r.gate_error} for n, r in report.routers.items()
                 },
@@ -67,10 +74,10 @@ def print_report(report, *, as_json: bool) -> None:
         return
     from msmoe.layer_errors import refit_errors
 
-    out = console()
+    out, costs = console(), report.routing_costs
     rows = table(
         "layer", "merged groups", "neurons moved", "error before refit", "after refit", "dropped", "dropped now",
-        "router agrees",
+        "router agrees", *(["as exported"] if costs else []),
     )  # fmt: skip
     errors = refit_errors(report.groups)
     for name in dict.fromkeys([g["layer"] for g in report.groups] + list(report.routers)):
@@ -86,10 +93,13 @@ def print_report(report, *, as_json: bool) -> None:
             f"{drop[0]:.2%}" if drop else "-",
             f"{drop[1]:.2%}" if drop else "-",
             f"{router.agreement:.1%}" if router else "-",
+            *([f"{costs[name][1]:.1%}" if name in costs else "-"] if costs else []),
         )
     out.print(rows)
     if errors:
         out.print(ERROR_MEANING)
+    if costs:
+        out.print(ROUTING_MEANING)
     if report.factors:
         out.print(rank_table(report.factors.matrices))
     size = f"{report.num_bytes:,} bytes ({human_bytes(report.num_bytes)})"

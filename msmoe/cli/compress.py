@@ -21,6 +21,7 @@ from msmoe.cli.options import (
 )
 from msmoe.cli.plan import print_plan
 from msmoe.cli.profile import warn_unused
+from msmoe.cli.push import push_option
 from msmoe.places import CHECKPOINT, check_place
 
 FISHER_RECORDS = 64  # for methods that need them, unless --fisher says otherwise
@@ -37,6 +38,7 @@ FISHER_RECORDS = 64  # for methods that need them, unless --fisher says otherwis
 @add_options(APPLY_OPTIONS)
 @click.option("--dry-run", is_flag=True, help="Profile, print the plan and its predicted size, write nothing.")
 @seed_option
+@push_option
 @json_option
 def command(
     checkpoint: Path, data: str, out: Path, method: str, samples: int, batch_size: int, token_sample: int,
@@ -62,7 +64,8 @@ def command(
     source = Checkpoint(checkpoint)
     choices = choices_of(options)
     check_request(family_of(source), source, method=method, export=export, router=router, **choices)
-    needed = resolve(method, {name: value for name, value in choices.items() if name != "keep_layers"}).needs
+    sizes = ("keep_layers", "experts", "target_size")  # what a method reads does not depend on these
+    needed = resolve(method, {name: value for name, value in choices.items() if name not in sizes}).needs
     with progress("profiling") as update:
         stats = profile(
             checkpoint, data, samples=samples, batch_size=batch_size, token_sample=token_sample, seed=seed,

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -86,7 +87,14 @@ def print_warnings_as_lines(*, everything: bool = False) -> Iterator[None]:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("always", MsmoeWarning)
-        warnings.showwarning = show_warning
+        said: set[str] = set()
+
+        def once(message, *rest) -> None:
+            if str(message) not in said:  # a comparison reads its data many times
+                said.add(str(message))
+                show_warning(message, *rest)
+
+        warnings.showwarning = once
         yield
 
 
@@ -97,7 +105,16 @@ def show_warning(message, category, filename, lineno, file=None, line=None) -> N
 
 
 def print_json(content: object) -> None:
-    click.echo(json.dumps(content, indent=1, allow_nan=False))
+    """Print JSON; a number that is not finite, which JSON has no word for, is null."""
+    click.echo(json.dumps(without_infinities(content), indent=1, allow_nan=False))
+
+
+def without_infinities(content: object) -> object:
+    if isinstance(content, dict):
+        return {key: without_infinities(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_infinities(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def table(*columns: str, title: str | None = None) -> "Table":
@@ -125,14 +142,14 @@ def usage_table(stats) -> "Table":
     result = table("layer", "tokens", "dropped", "largest", "entropy", "unused", title="Expert usage (routed tokens)")
     result.add_column("usage of experts 0, 1, ...", justify="left", no_wrap=True)
     for name, layer in stats.layers.items():
-        usage = layer.usage_frequency.numpy()
+        usage = layer.usage
         result.add_row(
             Text(name),
             f"{layer.num_tokens:,}",
             f"{layer.dropped / max(layer.num_tokens, 1):.1%}",
             f"{usage.max():.1%}",
             f"{entropy(usage):.2f}",
-            str(int((layer.routed == 0).sum())),
+            str(int((layer.array("routed") == 0).sum())),
             Text(sparkline(usage)),
         )
     return result

@@ -5,7 +5,8 @@ from pathlib import Path
 import click
 
 from msmoe.cli.console import console, print_json, progress
-from msmoe.cli.options import checkpoint_argument, force_option, json_option, parse_size, push_option
+from msmoe.cli.options import checkpoint_argument, force_option, json_option, parse_size
+from msmoe.cli.push import push_option
 from msmoe.units import human_bytes
 
 
@@ -17,9 +18,7 @@ from msmoe.units import human_bytes
 @click.option("--resume", is_flag=True, help="Finish what a killed run left.")
 @push_option
 @json_option
-def command(
-    checkpoint: str, out: Path, max_shard_size: str, force: bool, resume: bool, push: str | None, as_json: bool
-) -> None:
+def command(checkpoint: str, out: Path, max_shard_size: str, force: bool, resume: bool, as_json: bool) -> None:
     """Write a checkpoint as safetensors: the same tensors, from pickled weights or from shards of another size.
 
     \b
@@ -27,10 +26,9 @@ def command(
     read faster, and no program can hide in them.
     Example: msmoe convert google/switch-base-8 --out switch-base-8
     """
-    from msmoe.cli.push import pushed
     from msmoe.convert import convert
 
-    with pushed(out, push), progress("converting") as update:
+    with progress("converting") as update:
         report = convert(
             checkpoint, out, force=force, resume=resume, max_shard_bytes=parse_size(max_shard_size), progress=update
         )

@@ -14,6 +14,7 @@ from msmoe.cli.options import (
     json_option,
     parse_size,
 )
+from msmoe.cli.push import push_option
 from msmoe.units import human_bytes
 
 
@@ -52,6 +53,7 @@ from msmoe.units import human_bytes
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file.")
 @force_option
 @click.option("--resume", is_flag=True, help="Finish what a killed run left.")
+@push_option
 @json_option
 def command(
     checkpoint: Path, stats: Path | None, out: Path, refit: bool | None, keep_layers: tuple[str, ...], export: str,

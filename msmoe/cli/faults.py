@@ -13,7 +13,14 @@ ENVIRONMENT = {  # errors of the system that no program can help
     errno.ENFILE, errno.ENAMETOOLONG, errno.ELOOP, errno.EBADF,
 }  # fmt: skip
 FULL = {errno.ENOSPC, errno.EDQUOT}
-NO_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "unable to mmap", "cannot allocate memory")
+NO_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "bad_alloc",
+    "unable to mmap",
+    "cannot allocate memory",
+    "failed to map segment",
+)
 LOWERS_MEMORY = ("batch_size", "max_source_length", "max_target_length", "token_sample", "samples", "processes")
 
 
@@ -39,8 +46,10 @@ def is_out_of_memory(error: Exception) -> bool:
     """Of the machine or of a graphics card, whichever library says it."""
     if isinstance(error, MemoryError) or system_error(error) == errno.ENOMEM:
         return True
-    named = type(error).__name__ == "OutOfMemoryError"
-    return named or (isinstance(error, RuntimeError) and any(text in str(error).lower() for text in NO_MEMORY))
+    if type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = str(error).lower() if isinstance(error, RuntimeError | ImportError | OSError) else ""
+    return any(text in said for text in NO_MEMORY)
 
 
 def what_to_lower() -> str:

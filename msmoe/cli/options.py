@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from msmoe.errors import UserError
+from msmoe.units import parse_bytes
 
 AT_LEAST_ONE = click.IntRange(min=1)
 
@@ -32,9 +33,6 @@ def checkpoint_argument(function: Callable) -> Callable:
     return argument(click.option("--revision", help=help_text)(with_checkpoint))
 
 
-push_option = click.option(
-    "--push", metavar="OWNER/NAME", help="Upload the output to this repository of the hub; needs a token (HF_TOKEN)."
-)
 force_option = click.option("--force", is_flag=True, help="Replace what exists under the output's name.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs instead of tables.")
 seed_option = click.option(
@@ -67,7 +65,7 @@ columns_option = click.option(
     "--columns",
     metavar="FIELD=COLUMN,...",
     callback=parse_columns,
-    help="Where the data hold a record's fields, e.g. source=question,target=answer.",
+    help="Where the data hold a record's fields, e.g. source=question,target=answers.text.0.",
 )
 device_option = click.option(
     "--device",
@@ -119,7 +117,15 @@ PROFILE_OPTIONS = (
     ),
 )
 PLAN_OPTIONS = (
-    click.option("--experts", type=float, help="Experts kept per layer, on average; default 8."),
+    click.option(
+        "--experts", metavar="N|SHARE", help="Experts kept per layer, on average: 4, or 25% of them; default 8."
+    ),
+    click.option(
+        "--target-size",
+        metavar="SIZE|SHARE",
+        help="In place of --experts: bytes of all weights written, such as 500MB, or 50% of the input's. Keeps the "
+        "most experts that fit; methods that factorise get the largest rank that fits.",
+    ),
     click.option(
         "--budget",
         help="adaptive: layers whose usage is spread keep more (default); uniform: the same in every layer, which "
@@ -198,7 +204,8 @@ APPLY_OPTIONS = (
         default="exact",
         show_default=True,
         help="exact: any number of experts per layer, routing as the plan says; native: stock class, needs --budget "
-        "uniform --keep-layer none; dense: a plain T5 from --experts 1 --keep-layer none.",
+        "uniform --keep-layer none; its routers have fewer rows and other gate values than a refit was solved for: "
+        "what that costs is measured and printed; dense: a plain T5 from --experts 1 --keep-layer none.",
     ),
     click.option(
         "--router",
@@ -229,8 +236,8 @@ FACTOR_NAMES = ("rank", "keep_rows", "energy", "target_bytes", "target_ratio", "
 def choices_of(arguments: dict) -> dict:
     """The plan options among a command's arguments, ready for `msmoe.plan`."""
     names = (
-        "experts", "budget", "saliency", "others", "selection", "similarity", "metric", "grouping", "group_capacity",
-        "weighting", "rule", "align", "align_to", "canonical", "refit", "routing", *FACTOR_NAMES,
+        "experts", "target_size", "budget", "saliency", "others", "selection", "similarity", "metric", "grouping",
+        "group_capacity", "weighting", "rule", "align", "align_to", "canonical", "refit", "routing", *FACTOR_NAMES,
     )  # fmt: skip
     return {name: arguments[name] for name in names} | {"keep_layers": list(arguments["keep_layers"]) or None}
 
@@ -245,14 +252,5 @@ def check_output(path: Path, *, force: bool) -> None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `200MB`, `1000`."""
-    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1, "": 1}
-    number = text.strip().rstrip("BGKMbgkm")
-    unit = text.strip()[len(number) :].upper()
-    try:
-        size = int(float(number) * units[unit])
-    except (ValueError, KeyError, OverflowError):
-        size = 0
-    if size > 0:
-        return size
-    raise UserError(f"--max-shard-size must look like 5GB or 200MB, got {text!r}")
+    """Bytes of a largest weight file: `5GB`, `200MB`, `1000`."""
+    return parse_bytes(text, "--max-shard-size")

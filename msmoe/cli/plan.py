@@ -15,7 +15,6 @@ from msmoe.cli.options import (
     json_option,
     seed_option,
 )
-from msmoe.units import human_bytes
 
 WORDS = {
     "remove": "removed",
@@ -79,8 +78,5 @@ def print_plan(plan) -> None:
     out.print(rows)
     for name, note in plan.notes.items():
         out.print(f"{name}: {note}")
-    if not plan.predicted:
-        out.print("predicted: known once the merged experts are decomposed, at most the target where one is given")
-        return
-    parameters, size = plan.predicted["num_parameters"], plan.predicted["bytes"]
-    out.print(f"predicted: {parameters:,} parameters, {size:,} bytes ({human_bytes(size)})")
+    for line in plan.remarks:
+        out.print(line, highlight=False, markup=False)

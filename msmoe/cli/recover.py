@@ -15,6 +15,7 @@ from msmoe.cli.options import (
     json_option,
     seed_option,
 )
+from msmoe.cli.push import push_option
 from msmoe.units import human_bytes
 
 
@@ -63,6 +64,7 @@ from msmoe.units import human_bytes
 @seed_option
 @force_option
 @click.option("--resume", is_flag=True, help="Go on with a killed run from its last state.")
+@push_option
 @json_option
 def command(
     student: Path, teacher: str, data: str, out: Path, steps: int | None, epochs: float | None, validation: str | None,

@@ -92,4 +92,4 @@ def range_text(least: float, above: float, most: float) -> str:
     parts = [f"at least {least:g}"] if math.isfinite(least) else []
     parts += [f"more than {above:g}"] if math.isfinite(above) else []
     parts += [f"at most {most:g}"] if math.isfinite(most) else []
-    return " ".join(["a finite number", *([", ".join(parts)] if parts else [])])
+    return ", ".join(["a finite number", *parts])

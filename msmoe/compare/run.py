@@ -22,7 +22,7 @@ from msmoe.compare.reading import read
 from msmoe.compare.settings import REFERENCES, Settings, task_files, task_metric
 from msmoe.errors import UserError
 from msmoe.families import family_of
-from msmoe.files import locked, write_whole
+from msmoe.files import locked, remove, write_whole
 from msmoe.methods import METHODS, variant
 from msmoe.places import check_apart
 from msmoe.planning import Planner, check_request
@@ -112,7 +112,7 @@ def compare(
         for f in files
     )
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out / MARKER):
+    with locked(out / MARKER), removed_if_nothing_is_done(out):
         if force:
             start_over(out)
         shutil.rmtree(out / "work", ignore_errors=True)  # of a killed run
@@ -140,6 +140,17 @@ def compare(
         raise UserError(f"{len(failures)} of {len(jobs)} jobs failed, {failures[0]}; the others are kept in {out}: "
                         "--resume tries again")  # fmt: skip
     return results
+
+
+@contextlib.contextmanager
+def removed_if_nothing_is_done(out: Path) -> Iterator[None]:
+    """After an error, remove a folder that holds neither a cell nor results to go on from."""
+    try:
+        yield
+    except Exception:
+        if not any((out / "cells").glob("*.json")) and not (out / "results.json").exists():
+            remove(out, last=MARKER)
+        raise
 
 
 def listed(values: Any) -> tuple:

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,10 +28,12 @@ from msmoe.factorize.shapes import FactorShape, LayerFactors
 from msmoe.families import Family, MoELayer, inspectable_family_of
 from msmoe.families.base import MATRICES
 from msmoe.files import Output
+from msmoe.loading import check_complete
 from msmoe.parallel import Progress, in_order
 from msmoe.places import CHECKPOINT
 from msmoe.plan import LayerPlan, Plan
 from msmoe.provenance import read_provenance, write_factor_metadata
+from msmoe.verify import check_written
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ def factorize_into(
     family = inspectable_family_of(source)
     stored = family.stored_layers(source)
     chosen = check_request(family, source, keep_layers=keep_layers, export=export)
+    check_complete(source)
     if all(options.get(name) is None for name in SIZES):
         options["rank"] = min(DEFAULT_RANK, *(min(layer.d_model, layer.d_ff) for layer, _ in chosen))
     chosen_options = FactorOptions(**options).resolve(has_stats=stats is not None)
@@ -127,8 +131,9 @@ def factorize_into(
     shapes, predicted_error = choose_shapes(sources, chosen, scratch, workers=workers)
     layout = factor_layout(export, family, source, stored, shapes)
     identity = [asdict(chosen_options), source.fingerprint, export, shapes, stats.digest if stats else None]
+    check = partial(check_written, original=source.path)
     with CheckpointWriter(
-        output, layout.tensors, identity=json.dumps(identity), max_shard_bytes=max_shard_bytes
+        output, layout.tensors, identity=json.dumps(identity), max_shard_bytes=max_shard_bytes, check=check
     ) as writer:
         copy_unchanged(writer, layout, source, stored)
         write_experts(writer, layout, sources, chosen, shapes, scratch, workers=workers, progress=progress)

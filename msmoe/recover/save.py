@@ -10,6 +10,7 @@ from msmoe.export import Export, Slot
 from msmoe.families import Family
 from msmoe.plan import Plan
 from msmoe.provenance import read_provenance, write_recovery_metadata
+from msmoe.verify import check_written
 
 
 def write_recovered(
@@ -62,7 +63,9 @@ def write_recovered(
         layout.indices |= {name} if is_index else set()
     update_factors(layout, family, factors)
     plan = Plan.load(source.path / "plan.json") if (source.path / "plan.json").exists() else None
-    with CheckpointWriter(out, layout.tensors, identity="recovered", force=force, inputs=[source.path]) as writer:
+    with CheckpointWriter(
+        out, layout.tensors, identity="recovered", force=force, inputs=[source.path], check=check_written
+    ) as writer:
         for slot, name in layout.copies:
             writer.copy(slot.tensor, source, name)
         for spec in layout.tensors:

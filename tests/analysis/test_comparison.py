@@ -265,7 +265,7 @@ def test_a_file_that_cannot_be_read_ends_with_one_line(tmp_path, capsys, content
 
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(UserError, match="cannot write into"):
+    with pytest.raises(UserError, match="out is a file: give the name of a folder"):
         write_all(comparison(**TINY), tmp_path / "out")
 
 

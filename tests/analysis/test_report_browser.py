@@ -127,6 +127,25 @@ def test_the_page_is_never_wider_than_the_window(width, everything, hostile, ope
         assert tab.evaluate("document.documentElement.scrollWidth") == width
 
 
+def test_no_column_of_a_table_is_out_of_sight_on_a_desktop(everything, open_page):
+    tab = open_page(everything, width=1280)
+    wide = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1)"
+    assert tab.evaluate(f"{wide}.map(e => e.parentElement.id)") == []
+
+
+def test_no_legend_is_cut_on_a_phone(everything, open_page):
+    tab = open_page(everything, width=390)
+    cut = tab.evaluate(
+        """[...document.querySelectorAll('.chart')].flatMap(chart => {
+            const box = chart.querySelector('svg').getBoundingClientRect();
+            return [...chart.querySelectorAll('.role-legend text')]
+                .filter(text => text.getBoundingClientRect().right > box.right + 1)
+                .map(text => `${chart.dataset.figure}: ${text.textContent}`);
+        })"""
+    )
+    assert cut == []
+
+
 def test_controls_change_the_picture(everything, open_page):
     tab = open_page(everything)
     seen = [marks(tab, "usage-map")]

@@ -25,6 +25,7 @@ from msmoe.analysis.report.sections.cost.data import (
 from safetensors.torch import save_file
 from tiny import LAYERS, compress, load_tensors, profile_small, random_records, size_of, write_records
 
+from msmoe.errors import UserError
 from msmoe.inspect import LayerSummary
 from msmoe.layer_errors import layer_errors, refit_errors
 from msmoe.provenance import read_provenance
@@ -313,3 +314,27 @@ def test_a_cost_without_any_error_has_no_worst_layer(exact):
     [item] = gather_costs(gather([exact]), quiet)
     assert isinstance(item, Cost)
     assert item.worst is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("groups", {"a": 1}, "groups must be a list"),
+        ("groups", [{"layer": 3, "members": []}], r"groups\[0\].layer must be a text, got 3"),
+        (
+            "groups",
+            [{"layer": "a", "members": [0], "refit": {"error_before": "low"}}],
+            r"error_before must be a finite",
+        ),
+        ("bytes", {"source": "many"}, "bytes.source must be a finite number, got 'many'"),
+        ("drop_rates", {"a": 0.5}, "drop_rates.a must be an object, got 0.5"),
+        ("recovery", {"validation_loss": 2}, "recovery.validation_loss must be an object, got 2"),
+        ("factors", {"matrices": [1]}, r"factors.matrices\[0\] must be an object, got 1"),
+    ],
+)
+def test_a_wrong_field_of_the_provenance_is_named(field, value, message, exact, tmp_path):
+    shutil.copytree(exact, tmp_path / "out")
+    file = tmp_path / "out" / "msmoe.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    with pytest.raises(UserError, match=rf"msmoe.json is damaged: .*{message}"):
+        gather([tmp_path / "out"])

@@ -1,6 +1,7 @@
 """How far a checkpoint can go: numbers behind the figures, bounded work, and what predictions are held against."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from msmoe.analysis.report.charts import short_names, to_spec
 from msmoe.analysis.report.document import Figure, Note, Table
 from msmoe.analysis.report.sections.forecast import chapter
 from msmoe.analysis.report.sections.forecast import data as forecast_data
+from msmoe.analysis.report.sections.forecast import section as make_section
 from msmoe.analysis.report.sections.forecast.charts import layer_figure, measured_figure
 from msmoe.analysis.report.sections.forecast.data import (
     WHOLE,
@@ -28,6 +30,8 @@ from msmoe.analysis.report.sections.forecast.data import (
 from tiny import LAYERS, compress
 
 from msmoe.apply import apply
+from msmoe.checkpoint import Checkpoint
+from msmoe.demo import CHECKPOINT as DEMO
 from msmoe.families import ExpertKeys, MoELayer
 from msmoe.forecast import Forecast, LayerForecast, forecast
 from msmoe.inspect import inspect
@@ -69,7 +73,7 @@ def comparison(*cells: dict) -> Comparison:
 
 @pytest.fixture(scope="module")
 def section(switch, full_stats):
-    found = chapter.section(gather([switch, full_stats]), quiet)
+    found = make_section(gather([switch, full_stats]), quiet)
     assert found is not None
     return found
 
@@ -115,7 +119,7 @@ def test_the_table_names_the_cliff_and_the_suggested_sizes(section, switch, full
 
 def test_the_model_is_shown_in_nats_with_output_gradients_and_in_errors_without(section, switch, stats):
     assert "nats per target token" in blocks_by_name(section)["forecast-model"].reading
-    without = chapter.section(gather([switch, stats]), quiet)
+    without = make_section(gather([switch, stats]), quiet)
     assert "Mean over the layers" in blocks_by_name(without)["forecast-model"].reading
     assert "msmoe profile --fisher 64" in notes_of(without)
     assert "--fisher 64" not in notes_of(section)
@@ -281,6 +285,17 @@ def test_the_check_on_the_demo_stands_in_the_report():
     assert "KL divergence 1.00" in chapter.check_text(forecast_data.read_check(), "m-smoe-refit")
 
 
+def test_a_checkpoint_that_was_not_checked_quotes_no_figures_of_the_demo(section):
+    assert "no forecast of this checkpoint was checked" in notes_of(section)
+    assert "Spearman" not in notes_of(section)
+
+
+def test_the_demo_is_known_by_its_weights(switch, tmp_path):
+    shutil.copytree(DEMO, tmp_path / "renamed")
+    assert chapter.is_demo(Checkpoint(tmp_path / "renamed"))
+    assert not chapter.is_demo(Checkpoint(switch))
+
+
 def test_a_check_that_is_not_installed_or_damaged_is_left_out(tmp_path):
     assert forecast_data.read_check(tmp_path / "missing.json") is None
     (tmp_path / "damaged.json").write_text("{", encoding="utf-8")
@@ -292,13 +307,13 @@ def test_a_check_that_is_not_installed_or_damaged_is_left_out(tmp_path):
 
 
 def test_what_is_missing_is_said(switch, stats):
-    assert "Give the original checkpoint" in notes_of(chapter.section(gather([stats]), quiet))
-    assert "Give statistics of the checkpoint (msmoe profile)" in notes_of(chapter.section(gather([switch]), quiet))
+    assert "Give the original checkpoint" in notes_of(make_section(gather([stats]), quiet))
+    assert "Give statistics of the checkpoint (msmoe profile)" in notes_of(make_section(gather([switch]), quiet))
 
 
 def test_no_chapter_without_checkpoint_and_statistics(switch, stats, tmp_path):
     compress(switch, stats, tmp_path / "out")
-    assert chapter.section(gather([tmp_path / "out"]), quiet) is None
+    assert make_section(gather([tmp_path / "out"]), quiet) is None
 
 
 def test_every_figure_can_be_drawn(section):

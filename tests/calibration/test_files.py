@@ -207,6 +207,26 @@ def test_columns_say_where_the_fields_are(tmp_path):
     assert records == [{"source": "x", "target": "y"}]
 
 
+def test_a_column_may_lie_within_another():
+    rows = [
+        {"translation": {"en": "one", "de": "eins"}, "answers": {"text": ["uno", "un"]}},
+        {"translation": {"en": "two", "de": "zwei"}, "answers": {"text": []}},
+    ]
+    german = read_records(rows, columns={"source": "translation.en", "target": "translation.de"})
+    assert [dict(r) for r in german] == [
+        {"source": "one", "target": "eins", "answers": rows[0]["answers"]},
+        {"source": "two", "target": "zwei", "answers": rows[1]["answers"]},
+    ]
+    with pytest.warns(DataWarning, match="1 of 2 records are blank"):
+        [first] = read_records(rows, columns={"source": "translation.en", "target": "answers.text.0"})
+    assert first == {"source": "one", "target": "uno"}
+
+
+def test_a_mask_may_be_of_truth_values():
+    [record] = read_records([{"input_ids": [0, 5], "attention_mask": [False, True], "labels": [3]}])
+    assert record["attention_mask"] == [0, 1]
+
+
 def test_a_missing_column_is_named_with_those_there_are():
     with pytest.raises(DataError, match="record 1: no column 'query'; there are question, target"):
         read_records([{"question": "x", "target": "y"}], columns={"source": "query"})

@@ -158,7 +158,8 @@ def test_existing_statistics_are_not_overwritten_without_force(stats, tmp_path):
 
 def test_force_replaces_existing_statistics(stats, tmp_path):
     (tmp_path / "stats").mkdir()
-    (tmp_path / "stats" / "old").write_text("old")
+    for name in ("stats.json", "old"):
+        (tmp_path / "stats" / name).write_text("old")
     stats.save(tmp_path / "stats", force=True)
     assert sorted(file.name for file in (tmp_path / "stats").iterdir()) == ["stats.json", "stats.safetensors"]
 

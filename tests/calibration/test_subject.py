@@ -6,7 +6,7 @@ from tiny import build_switch, profile_small
 from transformers import AutoTokenizer
 
 import msmoe
-from msmoe.calibration.profile import profile
+from msmoe.calibration.profile import load_records, profile
 from msmoe.calibration.records import DataWarning
 from msmoe.calibration.stats import Stats
 from msmoe.checkpoint import Checkpoint
@@ -94,7 +94,7 @@ def test_what_is_skipped_and_cut_is_counted(switch, records, stats):
     assert cutting.data["num_cut"]["sources"] == sum(len(r["input_ids"]) > 5 for r in records)
 
 
-def test_a_sum_of_profiles_by_columns_reads_them_again(switch, records):
+def test_columns_are_recorded(switch, records):
     renamed = [{"ids": r["input_ids"], "labels": r["labels"]} for r in records]
     found = profile_small(switch, renamed, columns={"input_ids": "ids"})
     assert found.data["columns"] == {"input_ids": "ids"}
@@ -119,3 +119,14 @@ def test_the_name_of_the_folder_is_not_needed(switch, data, stats):
     model.config._name_or_path = ""
     found = profile_small(model, data)
     assert found.checkpoint == {"model_type": "switch_transformers", "fingerprint": Checkpoint(switch).fingerprint}
+
+
+@pytest.mark.filterwarnings("ignore::msmoe.calibration.records.DataWarning")
+def test_records_that_were_left_out_are_left_out_when_the_data_are_read_again(switch, records):
+    mixed = [*records, *({"input_ids": [0, 0], "labels": [3]} for _ in range(40))]
+    data = profile_small(switch, mixed, samples=30).data
+    assert data["num_records"] < data["samples"] == 30
+    again = load_records(
+        Checkpoint(switch), mixed, samples=data["samples"], seed=0, max_source_length=512, max_target_length=128
+    )
+    assert again[1] == data["sha256"]

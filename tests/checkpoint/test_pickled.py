@@ -122,7 +122,7 @@ def test_a_truncated_file_is_refused(length, pickled):
 
 def test_a_pointer_of_git_lfs_says_how_to_get_the_weights(pickled):
     (pickled / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(UserError, match=r"git-lfs pointer, not the weights: fetch them with `git lfs pull`"):
+    with pytest.raises(UserError, match=r"holds no weights: it is a git-lfs pointer"):
         Checkpoint(pickled)
 
 

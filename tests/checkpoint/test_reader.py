@@ -260,3 +260,9 @@ def test_an_expert_of_another_shape_is_named(copied):
     save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=rf"{name} has shape \[16, 5\], the configuration asks for \[16, 24\]"):
         family_of(Checkpoint(copied))
+
+
+def test_a_pointer_of_git_lfs_says_how_to_get_the_weights(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=r"model.safetensors holds no weights: it is a git-lfs pointer"):
+        Checkpoint(folder)

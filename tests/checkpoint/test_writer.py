@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import bits
 
 from msmoe.checkpoint import Checkpoint, TensorSpec
@@ -300,3 +300,156 @@ def test_a_folder_that_cannot_be_made_is_reported_in_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*out: Not a directory"):
         CheckpointWriter(tmp_path / "file" / "out", SPECS, identity="x")
+
+
+# What a resumed run trusts
+
+
+def weights_of(tmp_path):
+    return tmp_path / ".out.msmoe-partial" / "content" / "model.safetensors"
+
+
+def test_a_tensor_that_a_power_loss_zeroed_is_written_again(tmp_path):
+    interrupted(tmp_path)
+    weights = weights_of(tmp_path)
+    size = weights.stat().st_size
+    os.truncate(weights, size - 64)  # c has 40 bytes, b 24: b is gone
+    os.truncate(weights, size)
+    with CheckpointWriter(tmp_path / "out", SPECS, identity="x", resume=True) as writer:
+        assert writer.done == {"a"}
+        write_all(writer)
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["b"], VALUES["b"])
+
+
+def test_what_is_said_of_a_tensor_is_trusted_with_it_or_not_at_all(tmp_path):
+    with (  # noqa: PT012
+        pytest.raises(KeyboardInterrupt),
+        CheckpointWriter(tmp_path / "out", SPECS, identity="x") as writer,
+    ):
+        for name in "ab":
+            writer.write(name, VALUES[name], finish=False)
+            writer.finish(name, notes={f"note {name}": {"of": name}})
+        raise KeyboardInterrupt
+    with weights_of(tmp_path).open("r+b") as stream:
+        stream.seek(-64, os.SEEK_END)
+        stream.write(b"\0" * 24)
+    with CheckpointWriter(tmp_path / "out", SPECS, identity="x", resume=True) as writer:
+        assert writer.notes == {"note a": {"of": "a"}}
+        write_all(writer)
+
+
+def test_a_tensor_with_a_slice_missing_cannot_be_finished(tmp_path):
+    with (  # noqa: PT012
+        pytest.raises(ValueError, match="b has 2 slices, of which 1 were written"),
+        CheckpointWriter(tmp_path / "out", SPECS, identity="x") as writer,
+    ):
+        writer.write("b", VALUES["b"][1], index=1)
+        writer.finish("b")
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("spec", "tensor", "complaint"),
+    [
+        (
+            TensorSpec("t", "F16", (2,)),
+            torch.tensor([1.0, 65520.0]),
+            "tensor t holds 65520, which float16 cannot store",
+        ),
+        (
+            TensorSpec("t", "F32", (1,)),
+            torch.tensor([1e39], dtype=torch.float64),
+            r"holds 1e\+39, which float32 cannot",
+        ),
+        (TensorSpec("t", "BF16", (1,)), torch.tensor([3.4e38]), "which bfloat16 cannot store"),
+        (TensorSpec("t", "I32", (1,)), torch.tensor([2**31]), "which int32 cannot store"),
+        (TensorSpec("t", "I64", (1,)), torch.tensor([2.5]), "holds 2.5, which int64 cannot store"),
+        (TensorSpec("t", "F32", (2,)), torch.tensor([1.0, torch.nan]), "tensor t holds NaN or infinite values"),
+        (TensorSpec("t", "F16", (1,)), torch.tensor([-torch.inf]), "tensor t holds NaN or infinite values"),
+    ],
+)
+def test_a_value_that_the_file_would_not_give_back_is_named(spec, tensor, complaint, tmp_path):
+    with (
+        pytest.raises(UserError, match=complaint),
+        CheckpointWriter(tmp_path / "out", [spec], identity="x") as writer,
+    ):
+        writer.write("t", tensor)
+    assert not list(tmp_path.iterdir())
+
+
+def test_large_finite_values_are_no_infinity_for_their_sum(tmp_path):
+    values = torch.full((4,), 3e38)
+    with CheckpointWriter(tmp_path / "out", [TensorSpec("t", "F32", (4,))], identity="x") as writer:
+        writer.write("t", values)
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["t"], values)
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Makes a checkpoint of one tensor `t`."""
+
+    def make(tensor):
+        folder = tmp_path / "source"
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        save_file({"t": tensor}, folder / "model.safetensors", {"format": "pt"})
+        return Checkpoint(folder)
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_a_copied_tensor_with_nan_is_named(dtype, source, tmp_path):
+    tensor = torch.zeros(3000, dtype=dtype)
+    tensor[1500] = torch.nan
+    checkpoint = source(tensor)
+    with (
+        pytest.raises(UserError, match=r"tensor t of .*source holds NaN or infinite values"),
+        CheckpointWriter(tmp_path / "out", [checkpoint.spec("t")], identity="x") as writer,
+    ):
+        writer.copy("t", checkpoint, "t")
+
+
+def test_a_tensor_copied_into_another_dtype_keeps_its_values(source, tmp_path):
+    tensor = torch.tensor([[0.5, -2.0], [3.0, 4.0]])
+    checkpoint = source(tensor.half())
+    with CheckpointWriter(tmp_path / "out", [TensorSpec("s", "BF16", (1, 2, 2))], identity="x") as writer:
+        writer.copy("s", checkpoint, "t", index=0)
+        writer.finish("s")
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["s"], tensor.bfloat16()[None])
+
+
+def test_a_tensor_copied_into_another_shape_is_refused_with_both(source, tmp_path):
+    checkpoint = source(torch.zeros(2, 3))
+    with (
+        pytest.raises(UserError, match=r"tensor t of .* has shape \(2, 3\), where \(3, 2\) is needed"),
+        CheckpointWriter(tmp_path / "out", [TensorSpec("s", "F32", (3, 2))], identity="x") as writer,
+    ):
+        writer.copy("s", checkpoint, "t")
+
+
+def test_a_complete_folder_that_its_check_refuses_gets_no_name(tmp_path):
+    def check(folder):
+        assert torch.equal(load_file(folder / "model.safetensors")["a"], VALUES["a"])
+        raise UserError("no good")
+
+    with (
+        pytest.raises(UserError, match="no good"),
+        CheckpointWriter(tmp_path / "out", SPECS, identity="x", check=check) as writer,
+    ):
+        write_all(writer)
+    assert not list(tmp_path.iterdir())
+
+
+def test_storage_that_gives_back_something_else_is_noticed(tmp_path):
+    with (  # noqa: PT012
+        pytest.raises(UserError, match=r"b read back from model.safetensors differs from what was written"),
+        CheckpointWriter(tmp_path / "out", SPECS, identity="x") as writer,
+    ):
+        write_all(writer)
+        with weights_of(tmp_path).open("r+b") as stream:
+            stream.seek(-64, os.SEEK_END)
+            stream.write(b"\1")
+    assert not list(tmp_path.iterdir())

@@ -280,9 +280,9 @@ BAD = {
         "data.jsonl, line 3: exp",
     ),
     "padding only": (
-        write_data(GOOD_LINE + '{"input_ids": [0, 0], "labels": [7]}\n'),
+        write_data('{"input_ids": [0, 0], "labels": [7]}\n'),
         [PROFILE, COMPRESS, EVALUATE],
-        "data.jsonl, line 2 is all padding",
+        "data.jsonl, line 1 is all padding",
     ),
     "missing data": (nothing, [PROFILE.replace("data.jsonl", "gone.jsonl")], "cannot read gone.jsonl"),
     "too many experts": (
@@ -363,8 +363,9 @@ def test_nan_in_a_merged_expert_is_named_while_applying(work, msmoe):
     assert snapshot(work) == before
 
 
-def test_force_replaces_an_occupied_output(work, msmoe):
+def test_force_replaces_an_earlier_output(work, msmoe):
     occupy(work)
+    Path("new/msmoe.json").touch()
     assert msmoe(*APPLY.split(), "--force")[0] == 0
     assert not Path("new/precious").exists()
     assert load(work / "new").config.num_experts == 6
@@ -394,8 +395,8 @@ def killed(tmp_path_factory):
     arguments = ["compress", str(CHECKPOINT), "--data", str(CALIBRATION), "--samples", "24", "--experts", "4"]
     arguments += ["--token-sample", "1024", "--out", str(folder / "out")]
     process = subprocess.Popen([MSMOE, *arguments], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    notes = folder / ".out.msmoe-partial" / ".notes"
-    while process.poll() is None and not (notes.exists() and notes.read_text().count("\n") >= 3):
+    journal = folder / ".out.msmoe-partial" / "journal"
+    while process.poll() is None and not (journal.exists() and journal.read_text().count('{"notes":') >= 3):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the command ended before it could be killed"

@@ -298,8 +298,9 @@ def test_a_bad_input_ends_with_one_line_that_names_it_and_leaves_nothing(damage,
     assert snapshot(work) == before
 
 
-def test_force_replaces_an_occupied_output(work, msmoe):
+def test_force_replaces_an_earlier_output(work, msmoe):
     occupy(work)
+    Path("new/msmoe.json").touch()
     assert msmoe(f"{FACTORIZE} --force")[0] == 0
     assert not Path("new/precious").exists()
     assert size_of(work / "new") < size_of(work / "merged")

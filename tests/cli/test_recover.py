@@ -119,8 +119,9 @@ def test_a_student_that_did_not_get_better_is_said_to_be_unchanged(work, msmoe):
     assert "no step was better than the student as it was: its weights were written unchanged" in out
 
 
-def test_force_replaces_an_occupied_output(work, msmoe):
+def test_force_replaces_an_earlier_output(work, msmoe):
     occupy(work)
+    Path("new/msmoe.json").touch()
     assert msmoe(*RECOVER.split(), "--force")[0] == 0
     assert not Path("new/precious").exists()
     assert load(work / "new").config.num_experts == 4
@@ -181,9 +182,9 @@ BAD = {
     "empty data": (write_data(""), RECOVER, "data.jsonl holds no records"),
     "sources alone": (write_data('{"source": "a"}\n'), RECOVER, "data.jsonl, line 1: expected"),
     "no target token": (
-        write_data('{"input_ids": [5], "labels": [7]}\n{"input_ids": [5], "labels": []}\n'),
+        write_data('{"input_ids": [5], "labels": [0]}\n{"input_ids": [5], "labels": [0, -100]}\n'),
         RECOVER,
-        "data.jsonl, line 2 is all padding: no target token left",
+        "data.jsonl, line 1 is all padding: no target token left",
     ),
     "one record": (
         write_data('{"input_ids": [5], "labels": [7]}\n'),

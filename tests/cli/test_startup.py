@@ -168,3 +168,16 @@ interruptible(work)
 def test_a_signal_to_a_fork_is_none_to_its_parent():
     result = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("-15\nalive\n", "")
+
+
+def test_a_report_of_statistics_alone_needs_no_torch(stats, tmp_path):
+    stats.save(tmp_path / "stats")
+    found, printed = imported_by("report", tmp_path / "stats", "--out", tmp_path / "page.html")
+    assert "wrote" in printed
+    assert not found & {"torch", "transformers", "sklearn", "matplotlib"}
+
+
+def test_inspect_reads_headers_without_torch_or_numpy(switch):
+    found, printed = imported_by("inspect", switch)
+    assert "switch_transformers" in printed
+    assert not found & {"torch", "transformers", "numpy", "pandas", "scipy"}

@@ -249,5 +249,5 @@ def test_force_overwrites_results(result, tmp_path):
 
 
 def test_results_that_cannot_be_written_are_refused(result, tmp_path):
-    with pytest.raises(UserError, match=r"cannot write .*results\.json: No such file or directory"):
+    with pytest.raises(UserError, match=r"cannot write .*results\.json: no folder .*nowhere"):
         save_results([result], tmp_path / "nowhere" / "results.json")

@@ -38,7 +38,7 @@ class Command(NamedTuple):
     run: Callable[[Path], object]
     old: Path | None
     extra: tuple[str, ...] = ()
-    read: Callable[[Path], Content] | None = None
+    read: Callable[[Path], Content | None] | None = None
 
     def content(self, out: Path) -> Content | None:
         """What an output holds; None if there is none."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from tiny import logits_of, random_records, write_records
 from trials import edited, lesson, read_log, short, stop_after, values_of
 
 from msmoe.errors import UserError
+from msmoe.files import locked
 from msmoe.loading import load
 from msmoe.recover.state import load_tensors, save_tensors
 
@@ -217,3 +219,37 @@ def test_a_diverged_step_is_not_taken(student, lessons, tmp_path):
     short(student, tmp_path / "calm", **choices, learning_rate=1e-3)
     diverged, calm = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("diverged", "calm"))
     assert diverged == calm
+
+
+# The folder of a run
+
+
+def test_a_strangers_folder_under_the_name_of_the_training_folder_is_left_alone(student, lessons, tmp_path):
+    (tmp_path / "out.training").mkdir()
+    (tmp_path / "out.training" / "precious").write_text("keep")
+    with pytest.raises(UserError, match=r"out\.training is in the way, and no training folder"):
+        short(student, tmp_path / "out", data=lessons, teacher=None)
+    assert (tmp_path / "out.training" / "precious").read_text() == "keep"
+
+
+def test_an_error_before_the_first_step_leaves_nothing(student, lessons, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))  # bytes of a file: no state has room
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*out\.training.*: the file would be larger"):
+            short(student, tmp_path / "out", data=lessons, teacher=None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_stopped_by_hand_keeps_its_states(student, lessons, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        short(student, tmp_path / "out", data=lessons, teacher=None, progress=stop_after(2))
+    assert list((tmp_path / "out.training").glob("state-*.safetensors"))
+
+
+def test_two_runs_with_one_output_are_refused(student, lessons, tmp_path):
+    (tmp_path / "out.training").mkdir()
+    with locked(tmp_path / "out.training" / ".lock"), pytest.raises(UserError, match="another process is writing"):
+        short(student, tmp_path / "out", data=lessons, teacher=None)

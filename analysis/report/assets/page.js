@@ -16,10 +16,11 @@
   }
 
   // A legend above a narrow chart breaks into as many columns as have room for its texts.
-  const NARROW = 640, LEGEND_COLUMN = 160, SYMBOL = 34;
+  const NARROW = 640, LEGEND_COLUMN = 160, SYMBOL = 34, NARROW_GRADIENT = 90;  // pixels
   function fitLegends(node, columns) {
     if (node === null || typeof node !== "object") return;
     if (node.legend?.orient === "top") node.legend.columns = Math.min(node.legend.columns ?? columns, columns);
+    if (node.legend?.gradientLength) node.legend.gradientLength = Math.min(node.legend.gradientLength, NARROW_GRADIENT);
     Object.entries(node).forEach(([key, inner]) => { if (key !== "datasets") fitLegends(inner, columns); });
   }
   function fit(spec, width) {

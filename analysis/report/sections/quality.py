@@ -20,7 +20,7 @@ from msmoe.compare.summary import FULL, Row, Size
 from msmoe.compare.summary import Column as Measure
 from msmoe.units import human_bytes
 
-MAX_TASKS = 6  # columns of the table
+MAX_TASKS = 8  # columns of the table
 HEIGHT = 240  # pixels
 BYTES = "format(datum.value, '.3~s') + 'B'"
 

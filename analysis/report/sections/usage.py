@@ -73,7 +73,7 @@ def expert_frame(stats: Stats) -> pd.DataFrame:
     frames = []
     for name, layer in stats.layers.items():
         tokens = max(layer.num_tokens, 1)
-        routed = layer.routed.numpy()
+        routed = layer.array("routed")
         rank = np.empty(len(routed), dtype=int)
         rank[np.lexsort((np.arange(len(routed)), -routed))] = np.arange(len(routed))
         frame = {
@@ -84,9 +84,9 @@ def expert_frame(stats: Stats) -> pd.DataFrame:
             "rank": rank,
             "tokens": routed,
             "routed": routed / tokens,
-            "dispatched": layer.dispatched.numpy() / max(int(layer.dispatched.sum()), 1),
-            "dropped": (layer.routed - layer.dispatched).numpy() / tokens,
-            "gate": layer.gate_mass.numpy() / max(float(layer.gate_mass.sum()), 1e-30),
+            "dispatched": layer.array("dispatched") / max(int(layer.array("dispatched").sum()), 1),
+            "dropped": (layer.array("routed") - layer.array("dispatched")) / tokens,
+            "gate": layer.array("gate_mass") / max(float(layer.array("gate_mass").sum()), 1e-30),
         }
         frames.append(pd.DataFrame(frame))
     return pd.concat(frames, ignore_index=True)
@@ -139,9 +139,11 @@ def kept_counts(stats: Stats) -> dict[str, list[int]]:
     from msmoe.grouping import group_counts
 
     family = FAMILIES.get(stats.checkpoint.get("model_type", ""))
-    layers = tuple(MoELayer(name, n.num_experts, n.input_sum.shape[1], 0, "") for name, n in stats.layers.items())
+    layers = tuple(
+        MoELayer(name, n.num_experts, n.array("input_sum").shape[1], 0, "") for name, n in stats.layers.items()
+    )
     left = family.default_kept_layers(layers) if family else ()
-    usage = {name: layer.usage_frequency.numpy() for name, layer in stats.layers.items() if name not in left}
+    usage = {name: layer.usage for name, layer in stats.layers.items() if name not in left}
     full = {layer.name: layer.num_experts for layer in layers}
     average = float(np.mean([len(u) for u in usage.values()])) if usage else 1.0
     kept = {}

@@ -231,7 +231,7 @@ def lost_experts(costs: Sequence[Cost], stats: Stats | None, count: int) -> pd.D
     rows = []
     for cost in costs:
         for name, found in cost.errors.items():
-            usage = stats.layers[name].usage_frequency if stats is not None else []
+            usage = stats.layers[name].usage if stats is not None else []
             for expert, error in enumerate(found.by_expert.tolist()):
                 if np.isfinite(error) and error > 0:
                     rows.append((cost.label, name, expert, float(usage[expert]), error))

@@ -84,14 +84,14 @@ def domains_inside(stats: Sequence[LabelledStats]) -> dict[str, Part]:
     found: dict[str, Part] = {}
     for item in stats:
         for name, size in item.stats.data.get("domains", {}).items():
-            routed = {layer: sums.domain_routed[name].numpy() for layer, sums in item.stats.layers.items()}
+            routed = {layer: sums.domain_arrays()[name] for layer, sums in item.stats.layers.items()}
             part = size["num_records"], size["num_tokens"], routed
             found[name] = added(found[name], part) if name in found else part
     return found
 
 
 def whole_part(stats: Stats) -> Part:
-    routed = {layer: sums.routed.numpy() for layer, sums in stats.layers.items()}
+    routed = {layer: sums.array("routed") for layer, sums in stats.layers.items()}
     return stats.data["num_records"], stats.data["num_tokens"], routed
 
 
@@ -150,13 +150,14 @@ def by_chance(domains: Domains, stats: Stats) -> Distances:
         stats: of all domains together.
     """
     first, second = np.triu_indices(min(len(domains.names), MAX_PAIRED), 1)
-    per_expert = [len(stats.layers[name].sequence_counts) + len(first) + len(c) for name, c in domains.routed.items()]
+    sequences = {name: layer.array("sequence_counts") for name, layer in stats.layers.items()}
+    per_expert = [len(sequences[name]) + len(first) + len(c) for name, c in domains.routed.items()]
     cells = sum(n * c.shape[1] for n, c in zip(per_expert, domains.routed.values(), strict=True))
     num_draws = int(np.clip(DRAWN_CELLS // cells, 1, MAX_DRAWS))
     found = []
     for place, (name, counts) in enumerate(domains.routed.items()):
         rng = np.random.default_rng((SEED, place))
-        drawn = shared_out(stats.layers[name].sequence_counts.numpy(), counts.sum(1), num_draws, rng)
+        drawn = shared_out(sequences[name], counts.sum(1), num_draws, rng)
         found.append([mean_of_known(values, 0) for values in divergences(drawn, counts.sum(0), first, second)])
     return Distances(first, second, *(np.stack(values) for values in zip(*found, strict=True)))
 

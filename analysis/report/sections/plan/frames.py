@@ -22,7 +22,7 @@ def usage_of(artefacts: Artefacts) -> dict[str, np.ndarray]:
     if artefacts.calibration is None:
         return {}
     layers = artefacts.calibration.layers
-    return {name: layer.usage_frequency.numpy() for name, layer in layers.items() if layer.num_tokens > 0}
+    return {name: layer.usage for name, layer in layers.items() if layer.num_tokens > 0}
 
 
 def shares_in(usage: Mapping[str, np.ndarray], name: str, num_experts: int) -> np.ndarray:

@@ -125,7 +125,7 @@ def compute(artefacts: Artefacts, base: str, metric: str, say: Callable[[str], N
             continue
         say(f"similarities of layer {done} of {len(artefacts.calibration.layers)}")
         if artefacts.planner is None and (base, metric) == DEFAULT:
-            matrices[name] = logit_similarity(np.asarray(layer.router_logits_gram))
+            matrices[name] = logit_similarity(layer.array("router_logits_gram"))
             continue
         from msmoe.similarity import similarity
 
