@@ -120,7 +120,7 @@ class Judge:
 
     def not_loadable(self, case: Case, folder: Path) -> str:
         """Evaluate a written checkpoint as its user would."""
-        if case.command.writes != "checkpoint":
+        if case.command.writes != "checkpoint" or not (folder / "out").exists():
             return ""
         data = folder / "probe.jsonl"
         shutil.copy(self.world / "tokens.jsonl", data)
@@ -233,7 +233,7 @@ def not_one_line(outcome: Outcome) -> str:
 def outputs_of(trial: Trial, command: Command, before: dict[str, str]) -> set[str]:
     """Names that the trial may write: the command's own, and new ones that its command line asks for."""
     named = {trial.argv[i + 1] for i, word in enumerate(trial.argv[:-1]) if word in ("--out", "--figures")}
-    new = {name for name in named if name not in before}
+    new = {name.split("/")[0] for name in named if name not in before}
     return {"out", "out.json", "out.html"} | {command.output} | new
 
 
@@ -246,7 +246,8 @@ def left_behind(trial: Trial, outcome: Outcome, before: dict[str, str], outputs:
     new = sorted(
         {name if name.split("/")[0] in after.keys() & before else name.split("/")[0] for name in after} - {*before}
     )
-    if outcome.code == 0 or any((trial.root / "out" / "cells").glob("*.json")):  # a comparison goes on with --resume
+    complete = outcome.code == 0 or trial.limits.stdout == "full"  # what could not be printed is written
+    if complete or any((trial.root / "out" / "cells").glob("*.json")):  # a comparison goes on with --resume
         outputs = outputs | {f"{name}.training" for name in outputs}
     elif trial.limits.signal is not None:
         return ""  # what a run leaves to be resumed is for the tests of interruption
