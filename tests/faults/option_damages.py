@@ -61,7 +61,7 @@ for option in NUMBERS:
 for option in NAMES:
     OPTIONS.row(
         f"{option} odd",
-        lambda t, o=option: with_option(t, o, t.rng.choice(["nope", "", "NONE", "a b", "\udcff", "x" * 9000])),
+        lambda t, o=option: with_option(t, o, t.rng.choice(["nope", "", "NONE", "a b", "\udcff", "x" * 300])),
     )
 for option in FILES:
     for value in (
