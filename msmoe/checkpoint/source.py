@@ -64,8 +64,8 @@ def local_folder(name: str | Path) -> Path:
         return path
     wanted = hub_id(name)
     if wanted is None:
-        found = "it is a file" if path.exists() else "a folder with config.json, or the id OWNER/NAME on the hub"
-        raise UserError(f"no checkpoint folder at {name} ({found})")
+        found = " (it is a file)" if path.exists() else ""
+        raise UserError(f"no checkpoint folder at {name}{found}")
     return download(wanted)
 
 
