@@ -30,6 +30,7 @@ from msmoe.methods import METHODS, variant
 from msmoe.places import check_apart
 from msmoe.planning import Planner, check_request
 from msmoe.provenance import versions
+from msmoe.strict_json import without_nan
 
 FORMAT = "msmoe-comparison/1"
 MARKER = ".lock"  # a comparison's folder has it; who writes there holds it
@@ -283,6 +284,7 @@ def measure_all_costs(jobs: list[Job], settings: Settings, progress: Progress | 
 
 def to_json(results: dict) -> str:
     """The content of `results.json`: a line for each entry, and for each cell."""
+    results = without_nan(results)
     cells = ",\n".join(json.dumps(cell, separators=(",", ":")) for cell in results["cells"])
     entries = [
         f'"cells": [\n{cells}\n]' if name == "cells" else f"{json.dumps(name)}: {json.dumps(value)}"
