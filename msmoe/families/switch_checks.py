@@ -18,7 +18,9 @@ POSITIVE = {
     "num_heads": 12, "num_experts": 8, "expert_capacity": 64, "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 128,
 }  # fmt: skip
-COUNTS = ("num_sparse_encoder_layers", "num_sparse_decoder_layers")
+COUNTS = (
+    "num_sparse_encoder_layers", "num_sparse_decoder_layers", "encoder_sparse_step", "decoder_sparse_step"
+)  # fmt: skip
 SWITCHES = (
     "router_bias", "tie_word_embeddings", "add_router_probs", "router_ignore_padding_tokens", "use_cache",
     "is_encoder_decoder",
@@ -91,6 +93,8 @@ def check_shapes(checkpoint: Checkpoint) -> None:
     Raises:
         UserError: naming the first tensor that does not fit, or the number of blocks.
     """
+    if not isinstance(checkpoint.config.get("router_rows") or {}, dict):
+        raise UserError(f"{checkpoint.path / 'config.json'}: router_rows must map layers to integers above 0")
     size = {name: checkpoint.config.get(name) or default for name, default in POSITIVE.items()}
     if checkpoint.config.get("num_decoder_layers") is None:
         size["num_decoder_layers"] = size["num_layers"]
@@ -113,7 +117,8 @@ def check_shapes(checkpoint: Checkpoint) -> None:
             blocks[block[1]] = max(blocks[block[1]], int(block[2]) + 1)
         wanted = next((shape for pattern, shape in expected if pattern.fullmatch(name)), shape)
         if wanted is None:
-            wanted = (shape[0] if len(shape) == 2 and 0 < shape[0] < MAX_ROWS else 1, d_model)
+            layer = name.removesuffix(".router.classifier.weight")
+            wanted = ((checkpoint.config.get("router_rows") or {}).get(layer, size["num_experts"]), d_model)
         if shape != wanted:
             raise UserError(
                 f"{checkpoint.path}: {name} has shape {list(shape)}, the configuration asks for {list(wanted)}"
