@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 LOADABLE = ("switch_transformers", "msmoe_switch_transformers", "t5")
-GENERATION = "generation_config.json"
+GENERATION, ADAPTER = "generation_config.json", "adapter_config.json"
 SHOWN = 3  # tensors named in a message
 PREFIXES = ("module.", "model.", "_orig_mod.", "transformer.")  # that wrappers leave in names
 
@@ -52,6 +52,7 @@ def load(path: str | Path | Checkpoint, *, dtype: torch.dtype | str = "float32")
             attn_implementation="eager",
             use_safetensors=not checkpoint.is_pickled,
             local_files_only=True,
+            return_dict=True,
         )
     fill_tied(checkpoint, model, tied)
     return model.eval()
@@ -75,8 +76,13 @@ def check_complete(checkpoint: Checkpoint) -> list[Tied]:
         the parameters that have several names.
 
     Raises:
-        UserError: for a parameter that the file lacks, or has in another shape.
+        UserError: for a parameter that the file lacks, or has in another shape, or an adapter beside the weights.
     """
+    if (checkpoint.path / ADAPTER).exists():  # transformers 5.23 loads the base model that it names instead
+        raise UserError(
+            f"{checkpoint.path} holds an adapter beside the weights ({ADAPTER}): merge it (peft's "
+            "`merge_and_unload`), or move its files to a folder of their own"
+        )
     if (checkpoint.path / GENERATION).exists():
         read_object(checkpoint.path / GENERATION, "a configuration of generation")
     model = skeleton(checkpoint)
