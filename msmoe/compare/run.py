@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from msmoe.calibration.tokenizer import tokenizer_digest
 from msmoe.checkpoint import Checkpoint
 from msmoe.compare.budget import budget_bytes
 from msmoe.compare.cells import Job, Task, cell_file, run_job
@@ -304,6 +305,7 @@ def collect(
             "name": source.path.name, "model_type": source.model_type, "fingerprint": source.fingerprint,
             "num_parameters": source.num_parameters, "bytes": source.num_bytes,
             "num_experts": {layer.name: layer.num_experts for layer in first.layers},
+            "tokenizer": tokenizer_digest(source.path),
         },
         "calibration": {
             "source": Path(described["source"]).name, "num_records": described["num_records"],
