@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msmoe.checkpoint.reader import Checkpoint
+from msmoe.checkpoint.reader import FLOATS, Checkpoint
 from msmoe.errors import UserError, explain_library_errors, warn
 from msmoe.families import FAMILIES
 from msmoe.registration import register
@@ -76,7 +76,8 @@ def check_complete(checkpoint: Checkpoint) -> list[Tied]:
         the parameters that have several names.
 
     Raises:
-        UserError: for a parameter that the file lacks, or has in another shape, or an adapter beside the weights.
+        UserError: for a parameter that the file lacks, or has in another shape or as integers, or an adapter beside
+            the weights.
     """
     if (checkpoint.path / ADAPTER).exists():  # transformers 5.23 loads the base model that it names instead
         raise UserError(
@@ -87,6 +88,7 @@ def check_complete(checkpoint: Checkpoint) -> list[Tied]:
         read_object(checkpoint.path / GENERATION, "a configuration of generation")
     model = skeleton(checkpoint)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    reals = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     unused = [name for name in checkpoint if name not in shapes and not is_ignored(model, name)]
     groups = by_parameter(model)
     missing = [group.names[0] for group in groups if not any(name in checkpoint for name in group.names)]
@@ -96,6 +98,11 @@ def check_complete(checkpoint: Checkpoint) -> list[Tied]:
         if name in checkpoint and checkpoint.spec(name).shape != shape:
             raise UserError(
                 f"{checkpoint.path}: {name} has shape {list(checkpoint.spec(name).shape)}, the model has {list(shape)}"
+            )
+        if name in checkpoint and name in reals and checkpoint.spec(name).dtype not in FLOATS:
+            raise UserError(
+                f"{checkpoint.path}: {name} is {checkpoint.spec(name).dtype}, expected one of {', '.join(FLOATS)}: "
+                "quantised weights are not read"
             )
     if unused:
         warn(f"{checkpoint.path} holds {listed(unused)}, which the model does not use")

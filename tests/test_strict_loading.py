@@ -160,3 +160,10 @@ def test_an_adapter_beside_the_weights_is_refused(copied):
 def test_a_stored_wish_for_tuples_does_not_reach_what_runs(copied, switch, data):
     edit_config(copied, return_dict=False)
     assert msmoe.evaluate(copied, data).metrics == msmoe.evaluate(switch, data).metrics
+
+
+def test_integers_are_not_taken_for_weights(copied):
+    name = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    edit(copied, lambda tensors: tensors.update({name: (tensors[name] * 100).to(torch.int8)}))
+    with pytest.raises(UserError, match=f"{name} is I8, expected one of F64, F32, F16, BF16: quantised weights"):
+        load(copied)
