@@ -7,6 +7,8 @@ from pathlib import Path
 from msmoe.checkpoint import Checkpoint
 from msmoe.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
 from msmoe.loading import check_complete
+from msmoe.plan import Plan
+from msmoe.provenance import read_provenance
 from msmoe.verify import check_written
 
 LEFT_OUT = (".bin", ".safetensors", ".h5", ".msgpack", ".ckpt", ".pt", ".pth", ".gguf", ".onnx")
@@ -50,6 +52,8 @@ def convert(
     """
     source = Checkpoint(checkpoint)
     check_complete(source)
+    if read_provenance(source) and (source.path / "plan.json").exists():
+        Plan.load(source.path / "plan.json")
     writer = CheckpointWriter(
         out, [source.spec(name) for name in source], identity=f"convert {source.fingerprint}", force=force,
         resume=resume, max_shard_bytes=max_shard_bytes, inputs=[source.path], check=check_written,

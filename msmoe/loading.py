@@ -152,24 +152,26 @@ def is_ignored(model: Any, name: str) -> bool:
 
 
 def fill_tied(checkpoint: Checkpoint, model: Any, tied: list[Tied]) -> None:
-    """Give tied parameters the values that are stored, under whichever of their names.
+    """Give parameters that have several names the values that are stored, under whichever of them.
+
+    Without `tie_word_embeddings`, the library ties two names only where the file does not hold both.
 
     Raises:
-        UserError: if the file holds different values for parameters that are one.
+        UserError: if the file holds different values for names that are one parameter.
     """
     import torch
 
     parameters = model.state_dict(keep_vars=True)
+    says_tied = checkpoint.config.get("tie_word_embeddings", True)
     for group in tied:
-        values = checkpoint.read(group.stored[0])
-        for other in group.stored[1:]:
-            if not torch.equal(values, checkpoint.read(other)):
-                raise UserError(
-                    f"{checkpoint.path}: the configuration ties {group.stored[0]} to {other}, but their values differ"
-                )
-        with torch.no_grad():
-            for name in group.names:
-                parameters[name].copy_(values)
+        filled: dict[int, tuple[str, torch.Tensor]] = {}
+        for name in (*group.stored, *(other for other in group.names if other not in group.stored)):
+            values = checkpoint.read(name if name in group.stored else group.stored[0])
+            first, known = filled.setdefault(0 if says_tied else id(parameters[name]), (name, values))
+            if name in group.stored and not torch.equal(known, values):
+                raise UserError(f"{checkpoint.path}: the configuration ties {first} to {name}, but their values differ")
+            with torch.no_grad():
+                parameters[name].copy_(known)
 
 
 def listed(names: Iterable[str]) -> str:

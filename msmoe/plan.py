@@ -177,6 +177,7 @@ class Plan:
             notes=_parse_texts(part("notes"), f"{path}: notes"),
             kept={name: whole(n, f"{path}: kept.{name}") for name, n in part("kept").items()},
         )
+        strict_json.field(plan.checkpoint, "fingerprint", f"{path}: checkpoint")
         for name, layer in plan.layers.items():
             check_layer(name, layer)
         return plan

@@ -93,3 +93,16 @@ def test_registering_twice_is_harmless(exact):
     register()
     model = AutoModelForSeq2SeqLM.from_pretrained(exact)
     assert type(model).__module__ == "msmoe.modeling.modeling_msmoe"
+
+
+@pytest.mark.parametrize("first", ["msmoe.recover.trainer", "msmoe.modeling.modeling_msmoe", "msmoe.modeling.dispatch"])
+def test_the_modules_of_the_model_may_be_imported_first(first, tmp_path):
+    code = f"""
+        import {first}
+        from transformers import AutoConfig, AutoModelForSeq2SeqLM
+        small = {{"d_model": 8, "d_ff": 8, "d_kv": 4, "num_heads": 2, "num_layers": 2, "num_decoder_layers": 2}}
+        config = AutoConfig.for_model("switch_transformers", vocab_size=16, num_experts=2, **small)
+        print(type(config).__name__, type(AutoModelForSeq2SeqLM.from_config(config)).__name__)
+    """
+    expected = "SwitchTransformersConfig SwitchTransformersForConditionalGeneration"
+    assert run_python(code, folder=tmp_path).strip() == expected

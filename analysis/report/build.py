@@ -79,14 +79,15 @@ def report(*artefacts: object, thorough: bool = False, tell: Tell | None = None)
     Raises:
         UserError: for something that is no artefact, or artefacts of different checkpoints.
     """
-    found = gather(artefacts, thorough=thorough)
     sections = []
-    for done, name in enumerate(CHAPTERS):
-        say = _teller(tell, done, name)
-        say("")
-        section = make_chapter(name, found, say)
-        if section is not None:
-            sections.append(section)
+    with pd.option_context("mode.string_storage", "python"):  # names may hold what is no text, which Arrow refuses
+        found = gather(artefacts, thorough=thorough)
+        for done, name in enumerate(CHAPTERS):
+            say = _teller(tell, done, name)
+            say("")
+            section = make_chapter(name, found, say)
+            if section is not None:
+                sections.append(section)
     return Report(Document(title_of(found), subtitle_of(found), tuple(sections)), found)
 
 

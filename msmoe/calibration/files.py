@@ -18,6 +18,7 @@ from msmoe.errors import UserError
 
 STANDARD_INPUT = "-"
 MAX_LINE = 2**26  # bytes of one line or CSV field
+BLOCK = 2**20
 MAX_STREAM = 2**31  # bytes of data whose size no file bounds: standard input, what a .gz unpacks to, one JSON value
 FORMATS = {
     ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
@@ -122,10 +123,12 @@ def standard_input(stream: TextIO) -> bytes:
 
 
 def read_all(stream: BinaryIO, name: str) -> bytes:
-    content = stream.read(MAX_STREAM + 1)
-    if len(content) > MAX_STREAM:
-        raise DataError(f"{name} holds more than {MAX_STREAM // 2**30} GiB: choose a part of it")
-    return content
+    content = bytearray()
+    while block := stream.read(BLOCK):  # a read of the whole bound would ask for as much memory at once
+        content += block
+        if len(content) > MAX_STREAM:
+            raise DataError(f"{name} holds more than {MAX_STREAM // 2**30} GiB: choose a part of it")
+    return bytes(content)
 
 
 def read_stream(stream: BinaryIO, name: str, suffix: str, fits: Fits) -> Iterator[Row]:

@@ -4,6 +4,7 @@ Shapes: E experts, D d_model, S sampled tokens.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -389,6 +390,9 @@ class Stats:
             save_file(self._tensors(), output.content / "stats.safetensors")
             text = json.dumps(self.describe(), indent=1) + "\n"
             (output.content / "stats.json").write_text(text, encoding="utf-8")
+            shutil.copymode(
+                output.content / "stats.json", output.content / "stats.safetensors"
+            )  # the library's is 0600
             output.commit()
 
     def _tensors(self) -> "dict[str, Tensor]":

@@ -128,6 +128,8 @@ def read_statistics(path: Path) -> tuple[dict[str, StoredLayer], dict[str, Any],
     for name, value in checkpoint.items():
         text(value, f"{described}: checkpoint.{name}")
     domains = tuple(data.get("domains", {}))
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file} is not a regular file")
     with refused(file), safe_open(file, "np") as tensors:
         names = set(tensors.keys())
         read = {

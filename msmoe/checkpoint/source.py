@@ -64,8 +64,8 @@ def local_folder(name: str | Path) -> Path:
         return path
     wanted = hub_id(name)
     if wanted is None:
-        found = "it is a file" if path.exists() else "a folder with config.json, or the id OWNER/NAME on the hub"
-        raise UserError(f"no checkpoint folder at {name} ({found})")
+        found = " (it is a file)" if path.exists() else ""
+        raise UserError(f"no checkpoint folder at {name}{found}")
     return download(wanted)
 
 
@@ -201,7 +201,7 @@ def weight_files(folder: Path) -> WeightFiles:
     """
     for single, index, pickled in ((SAFETENSORS, SAFETENSORS_INDEX, False), (PICKLE, PICKLE_INDEX, True)):
         if (folder / single).exists():
-            return WeightFiles((regular_file(folder, single),), pickled, {})
+            return WeightFiles((regular_file(folder, single, may_be_elsewhere=True),), pickled, {})
         if (folder / index).exists():
             weight_map = read_weight_map(folder / index)
             names = sorted(set(weight_map.values()))
@@ -228,8 +228,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def regular_file(folder: Path, name: str) -> Path:
-    """A weight file, which must lie in its folder; of links only those of the hub's cache to its blobs are followed.
+def regular_file(folder: Path, name: str, *, may_be_elsewhere: bool = False) -> Path:
+    """A weight file; one that an index names must lie in its folder, or be a link of the hub's cache to its blobs.
 
     Raises:
         UserError: if it is missing, no regular file, or a link to somewhere else.
@@ -244,6 +244,6 @@ def regular_file(folder: Path, name: str) -> Path:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     home, target = folder.resolve(), path.resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
-    if target.parent not in (home, blobs):
+    if not may_be_elsewhere and target.parent not in (home, blobs):
         raise UserError(f"{path} is a link out of its folder, to {target}: put the file itself there")
     return path

@@ -119,9 +119,9 @@ def kept_cells_named(out: Path) -> Iterator[None]:
     """After an interrupt, say how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         count = len(list((out / "cells").glob("*.json")))
-        click.echo(f"msmoe: {count} cells are kept in {out}: --resume goes on from there", err=True)
+        interrupt.add_note(f"{count} cells are kept in {out}: --resume goes on from there")
         raise
 
 

@@ -11,7 +11,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -36,7 +36,7 @@ def interruptible(work: Callable[[], None]) -> None:
         except BaseException as error:
             if state.number is None and not isinstance(error, KeyboardInterrupt):
                 raise
-            state.say()
+            state.say(getattr(error, "__notes__", ()))
             raise SystemExit(state.code) from None
         finally:
             state.close()
@@ -106,11 +106,12 @@ class State:
         self.say()
         os._exit(self.code)
 
-    def say(self) -> None:
-        """Print the line, once, whichever thread comes first."""
+    def say(self, notes: Sequence[str] = ()) -> None:
+        """Print the line, once, whichever thread comes first, with what the work has noted on the interrupt."""
         if self.saying.acquire(blocking=False):
+            line = "; ".join([WORDS[signal.Signals(self.number or signal.SIGINT)], *notes])
             with contextlib.suppress(OSError):
-                os.write(2, f"msmoe: {WORDS[signal.Signals(self.number or signal.SIGINT)]}\n".encode())
+                os.write(2, f"msmoe: {line}\n".encode())
 
 
 def ignore_signals() -> None:

@@ -8,12 +8,19 @@ from msmoe.modeling.configuration_msmoe import COMPRESSED_TYPE, MsmoeSwitchConfi
 
 
 class SwitchConfigOfFile(SwitchTransformersConfig):
-    """Stands for the stock configuration, and for the compressed one where the file says so."""
+    """Stands for the stock configuration, and for the compressed one where the values say so; never made itself."""
+
+    def __new__(cls, *arguments: Any, **values: Any) -> Any:
+        return cls.of(values)(*arguments, **values)
 
     @classmethod
     def from_dict(cls, config_dict: dict, **options: Any) -> Any:
-        compressed = COMPRESSED_TYPE in (config_dict.get("compressed_model_type"), config_dict.get("model_type"))
-        return (MsmoeSwitchConfig if compressed else SwitchTransformersConfig).from_dict(config_dict, **options)
+        return cls.of(config_dict).from_dict(config_dict, **options)
+
+    @classmethod
+    def of(cls, values: dict) -> type[SwitchTransformersConfig]:
+        types = values.get("compressed_model_type"), values.get("model_type"), cls.model_type
+        return MsmoeSwitchConfig if COMPRESSED_TYPE in types else SwitchTransformersConfig
 
 
 class EarlierConfigOfFile(SwitchConfigOfFile):

@@ -70,7 +70,7 @@ def recover(
             be written.
     """
     from msmoe.device import memory_explained
-    from msmoe.recover.trainer import Trainer  # imports transformers
+    from msmoe.recover.trainer import Trainer
 
     chosen = RecoverOptions(**options)
     chosen.check(has_teacher=teacher is not None)

@@ -62,7 +62,7 @@ def write_recovered(
         layout.tensors.append(TensorSpec(name, dtype, tuple(tensors[name].shape)))
         layout.indices |= {name} if is_index else set()
     update_factors(layout, family, factors)
-    plan = Plan.load(source.path / "plan.json") if (source.path / "plan.json").exists() else None
+    plan = carried_plan(source)
     with CheckpointWriter(
         out, layout.tensors, identity="recovered", force=force, inputs=[source.path], check=check_written
     ) as writer:
@@ -73,6 +73,12 @@ def write_recovered(
                 writer.write(spec.name, tensors[spec.name])
         write_recovery_metadata(writer, layout, source, family, plan, recovery=recovery, log=log)
     return layout.num_parameters, layout.num_bytes
+
+
+def carried_plan(source: Checkpoint) -> Plan | None:
+    """The plan that a compressed checkpoint carries; `UserError` if it is damaged."""
+    file = source.path / "plan.json"
+    return Plan.load(file) if file.exists() else None
 
 
 def update_factors(layout: Export, family: Family | None, factors: dict) -> None:

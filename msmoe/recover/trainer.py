@@ -29,6 +29,7 @@ from msmoe.errors import UserError
 from msmoe.files import explain_os_errors
 from msmoe.loading import load
 from msmoe.places import CHECKPOINT, check_place
+from msmoe.provenance import read_provenance
 from msmoe.recover.data import BatchOrder, load_split, num_targets
 from msmoe.recover.folder import TrainingFolder
 from msmoe.recover.log import MetricsLog
@@ -36,7 +37,7 @@ from msmoe.recover.loss import TeacherOutput, cross_entropy, distillation, hidde
 from msmoe.recover.options import RecoverOptions
 from msmoe.recover.placing import accelerator
 from msmoe.recover.pruning import RowPruner, factorize_student, row_pruners, rows_kept
-from msmoe.recover.save import write_recovered
+from msmoe.recover.save import carried_plan, write_recovered
 from msmoe.recover.state import load_tensors, optimizer_tensors, restore, save_tensors
 from msmoe.recover.student import (
     adamw,
@@ -81,6 +82,8 @@ class Trainer:
             if cache_teacher and options.hidden_weight:
                 raise UserError("--cache-teacher keeps no hidden states: drop it, or --hidden-weight")
         self.family = family_of_student(self.source)
+        read_provenance(self.source)  # damage is found before the training, not after it
+        carried_plan(self.source)
         self.train_records, self.held_out = load_split(self.source, data, validation, options)
         self.accelerator = accelerator(options.device, options.dtype)
         if self.accelerator.distributed_type not in SUPPORTED:

@@ -156,6 +156,11 @@ def test_existing_statistics_are_not_overwritten_without_force(stats, tmp_path):
     assert (tmp_path / "stats" / "precious").read_text() == "keep"
 
 
+def test_both_files_are_readable_by_the_same_people(stats, tmp_path):
+    stats.save(tmp_path / "stats")
+    assert len({file.stat().st_mode for file in (tmp_path / "stats").iterdir()}) == 1
+
+
 def test_force_replaces_existing_statistics(stats, tmp_path):
     (tmp_path / "stats").mkdir()
     for name in ("stats.json", "old"):

@@ -142,7 +142,7 @@ def text_damages(table: Table, name: Callable[[Trial], Path], *, what: str, expe
         "too deep": lambda b, r: DEEP,
         "deep inside": lambda b, r: '{"a": ' * 50_000 + "1" + "}" * 50_000,
         "no UTF-8": lambda b, r: b"\xff\xfe" + b,
-        "UTF-16": lambda b, r: b.decode().encode("utf-16"),
+        "UTF-16": lambda b, r: b.decode("latin-1").encode("utf-16"),
         "binary": lambda b, r: r.randbytes(200),
         "trailing text": lambda b, r: b + b"}",
         "an LFS pointer": lambda b, r: LFS,

@@ -18,8 +18,9 @@ from world import adopt
 LONGEST = 2000  # characters of a line that a person may still read
 VOLATILE = re.compile(r"seconds|peak_memory|path|source|created|checkpoint|sha256|version|calibration|^task$")
 WARNING_TEXT = re.compile(r"\.py:\d+: \w*Warning")
-OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|MemoryError|allocat", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|memory is too small|MemoryError|allocat", re.IGNORECASE)
 TOLERANCE = 2e-2  # of the loss, between two forms of the same values
+TOO_MUCH = "asks for more than"
 SIGNALLED = {2: 130, 15: 143}
 
 
@@ -85,6 +86,8 @@ class Judge:
 
     def try_case(self, case: Case) -> Verdict:
         trial, outcome, wrong = self.run(case, case.damage.do)
+        if wrong.startswith(TOO_MUCH):  # or other processes had the memory
+            trial, outcome, wrong = self.run(case, case.damage.do)
         expect = case.damage.expected_of(case.command.name)
         if not wrong:
             wrong = self.against_expectation(case, expect, trial, outcome)
@@ -117,7 +120,7 @@ class Judge:
 
     def not_loadable(self, case: Case, folder: Path) -> str:
         """Evaluate a written checkpoint as its user would."""
-        if case.command.writes != "checkpoint":
+        if case.command.writes != "checkpoint" or not (folder / "out").exists():
             return ""
         data = folder / "probe.jsonl"
         shutil.copy(self.world / "tokens.jsonl", data)
@@ -202,7 +205,7 @@ def whatever_happened(trial: Trial, outcome: Outcome) -> str:
     if "Traceback (most recent call last)" in outcome.stderr + outcome.stdout:
         return f"traceback, exit {outcome.code}: {last_line(outcome)}"
     if trial.limits.memory == MEMORY and (outcome.peak > 2 * MEMORY or OUT_OF_MEMORY.search(outcome.stderr)):
-        return f"asks for more than {MEMORY / 2**30:g} GB: {last_line(outcome)}"
+        return f"{TOO_MUCH} {MEMORY / 2**30:g} GB: {last_line(outcome)}"
     allowed = {0, 2}
     if trial.limits.signal is not None:
         allowed = {0, SIGNALLED[trial.limits.signal]}
@@ -230,7 +233,7 @@ def not_one_line(outcome: Outcome) -> str:
 def outputs_of(trial: Trial, command: Command, before: dict[str, str]) -> set[str]:
     """Names that the trial may write: the command's own, and new ones that its command line asks for."""
     named = {trial.argv[i + 1] for i, word in enumerate(trial.argv[:-1]) if word in ("--out", "--figures")}
-    new = {name for name in named if name not in before}
+    new = {name.split("/")[0] for name in named if name not in before}
     return {"out", "out.json", "out.html"} | {command.output} | new
 
 
@@ -243,7 +246,8 @@ def left_behind(trial: Trial, outcome: Outcome, before: dict[str, str], outputs:
     new = sorted(
         {name if name.split("/")[0] in after.keys() & before else name.split("/")[0] for name in after} - {*before}
     )
-    if outcome.code == 0 or any((trial.root / "out" / "cells").glob("*.json")):  # a comparison goes on with --resume
+    complete = outcome.code == 0 or trial.limits.stdout == "full"  # what could not be printed is written
+    if complete or any((trial.root / "out" / "cells").glob("*.json")):  # a comparison goes on with --resume
         outputs = outputs | {f"{name}.training" for name in outputs}
     elif trial.limits.signal is not None:
         return ""  # what a run leaves to be resumed is for the tests of interruption
@@ -257,15 +261,19 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"holds {name}")
 
 
+def is_written(file: Path, folder: Path) -> bool:
+    return str(file.relative_to(folder)).startswith("out")
+
+
 def not_sound(folder: Path, outcome: Outcome) -> str:
     """JSON that is none, in files or on standard output."""
+    copied = {f.read_bytes() for f in folder.rglob("*.json") if f.is_file() and not is_written(f, folder)}
     files = [f for f in (*sorted(folder.glob("out*.json")), *sorted(folder.glob("out*/**/*.json"))) if f.is_file()]
-    texts = {str(f.relative_to(folder)): f.read_text(encoding="utf-8", errors="replace") for f in files}
+    contents = {str(f.relative_to(folder)): f.read_bytes() for f in files}
+    texts = {name: content.decode(errors="replace") for name, content in contents.items() if content not in copied}
     if outcome.stdout.startswith("{"):
         texts["standard output"] = outcome.stdout
     for name, text in texts.items():
-        if name.endswith(("config.json", "tokenizer.json")):
-            continue  # copied
         try:
             json.loads(text, parse_constant=refuse_constant)
         except ValueError as error:

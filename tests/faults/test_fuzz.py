@@ -11,7 +11,7 @@ import pytest
 from kinds import KINDS
 
 FUZZ = Path(__file__).resolve().parents[2] / "scripts" / "fuzz.py"
-CASES = 170
+CASES = 150
 
 
 @pytest.fixture(scope="module")
