@@ -330,8 +330,8 @@ def collect(
 def with_earlier(results: dict, file: Path, tell: Tell) -> dict:
     """The results together with what an earlier run in the same folder measured of the same things.
 
-    Nothing is taken over from a run on another checkpoint, other tasks or calibration data, or with other settings than
-    methods, sizes, seeds and lengths of the recovery.
+    Nothing is taken over from a run on another checkpoint, other tasks or calibration data, of another version, or with
+    other settings than methods, sizes, seeds and lengths of the recovery.
     """
     if not file.exists():
         return results
@@ -350,6 +350,7 @@ def joined(results: dict, earlier: dict) -> dict:
     varying = ("methods", "experts", "seeds", "recover_steps")
     fixed = lambda s: json.dumps({k: v for k, v in s.items() if k not in varying}, sort_keys=True)
     same = fixed(mine) == fixed(theirs) and all(results[k] == earlier[k] for k in ("checkpoint", "tasks"))
+    same = same and results["versions"]["msmoe"] == earlier.get("versions", {}).get("msmoe")
     same = same and results["calibration"]["source"] == earlier["calibration"]["source"]
     digests = dict(zip(theirs["seeds"], earlier["calibration"]["sha256"], strict=True))
     own = dict(zip(mine["seeds"], results["calibration"]["sha256"], strict=True))
