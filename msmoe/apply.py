@@ -202,7 +202,7 @@ def merge(
         raise UserError("--refit sequential does not work with --export dense: the gate is folded away")
     if plan.parameters.get("refit") == "sequential" and data is None and layout.merged:
         raise UserError("this plan refits layer by layer: give the calibration data with --data")
-    identity = json.dumps([plan.to_json(), source.fingerprint, export, router])
+    identity = json.dumps([plan.to_json(), source.fingerprint, export, router, stats.digest if stats else None])
     sources = Sources(family, source, plan, stats)
     with CheckpointWriter(
         output, layout.tensors, identity=identity, max_shard_bytes=max_shard_bytes, check=check
