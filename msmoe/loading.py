@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msmoe.checkpoint.reader import Checkpoint
+from msmoe.checkpoint.reader import FLOATS, Checkpoint
 from msmoe.errors import UserError, explain_library_errors, warn
 from msmoe.families import FAMILIES
 from msmoe.registration import register
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 LOADABLE = ("switch_transformers", "msmoe_switch_transformers", "t5")
-GENERATION = "generation_config.json"
+GENERATION, ADAPTER = "generation_config.json", "adapter_config.json"
 SHOWN = 3  # tensors named in a message
 PREFIXES = ("module.", "model.", "_orig_mod.", "transformer.")  # that wrappers leave in names
 
@@ -52,6 +52,7 @@ def load(path: str | Path | Checkpoint, *, dtype: torch.dtype | str = "float32")
             attn_implementation="eager",
             use_safetensors=not checkpoint.is_pickled,
             local_files_only=True,
+            return_dict=True,
         )
     fill_tied(checkpoint, model, tied)
     return model.eval()
@@ -75,12 +76,19 @@ def check_complete(checkpoint: Checkpoint) -> list[Tied]:
         the parameters that have several names.
 
     Raises:
-        UserError: for a parameter that the file lacks, or has in another shape.
+        UserError: for a parameter that the file lacks, or has in another shape or as integers, or an adapter beside
+            the weights.
     """
+    if (checkpoint.path / ADAPTER).exists():  # transformers 5.23 loads the base model that it names instead
+        raise UserError(
+            f"{checkpoint.path} holds an adapter beside the weights ({ADAPTER}): merge it (peft's "
+            "`merge_and_unload`), or move its files to a folder of their own"
+        )
     if (checkpoint.path / GENERATION).exists():
         read_object(checkpoint.path / GENERATION, "a configuration of generation")
     model = skeleton(checkpoint)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    reals = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     unused = [name for name in checkpoint if name not in shapes and not is_ignored(model, name)]
     groups = by_parameter(model)
     missing = [group.names[0] for group in groups if not any(name in checkpoint for name in group.names)]
@@ -90,6 +98,11 @@ def check_complete(checkpoint: Checkpoint) -> list[Tied]:
         if name in checkpoint and checkpoint.spec(name).shape != shape:
             raise UserError(
                 f"{checkpoint.path}: {name} has shape {list(checkpoint.spec(name).shape)}, the model has {list(shape)}"
+            )
+        if name in checkpoint and name in reals and checkpoint.spec(name).dtype not in FLOATS:
+            raise UserError(
+                f"{checkpoint.path}: {name} is {checkpoint.spec(name).dtype}, expected one of {', '.join(FLOATS)}: "
+                "quantised weights are not read"
             )
     if unused:
         warn(f"{checkpoint.path} holds {listed(unused)}, which the model does not use")

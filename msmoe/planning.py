@@ -106,9 +106,13 @@ class Planner:
         **choices,
     ) -> Plan:
         """As `msmoe.plan`."""
-        predicted: Callable[[Choices], int] = lambda tried: self.predicted_bytes(
-            method, keep_layers=keep_layers, seed=seed, export=export, **tried
-        )
+        asked = {"keep_layers": keep_layers, "seed": seed}
+        if export != "exact" and any(map(self._has_several_dtypes, self.layers)):  # then it matters which ones stay
+            predicted: Callable[[Choices], int] = lambda tried: predict(
+                self.family, self.source, self.decide(method, **asked, **tried), export=export
+            ).predicted["bytes"]
+        else:
+            predicted = lambda tried: self.predicted_bytes(method, export=export, **asked, **tried)
         layers = self.compressible(keep_layers)
         settled, target = settle(method, choices, layers, self.source.num_bytes, predicted)
         decided = self.decide(method, keep_layers=keep_layers, seed=seed, **settled)
@@ -130,7 +134,8 @@ class Planner:
     def predicted_bytes(
         self, method: str, *, keep_layers: list[str] | None = None, seed: int = 0, export: str = "exact", **choices
     ) -> int:
-        """Bytes that a plan would store, from the numbers of experts alone: which ones are kept does not matter.
+        """Bytes that a plan would store, from the numbers of experts alone: which ones are kept does not matter where
+        all experts of a layer have the same dtypes, or the export stacks them.
 
         Raises:
             UserError: as `plan`, and for factors whose sizes follow from the merged weights.
@@ -138,6 +143,11 @@ class Planner:
         request = self._request(method, keep_layers, seed, choices)
         counts = {name: (self.stats.layers[name].num_experts, count) for name, count in request.counts.items()}
         return sketched_bytes(self.family, self.source, method, request.parameters, counts, export=export)
+
+    def _has_several_dtypes(self, layer: MoELayer) -> bool:
+        """Whether the experts of a layer differ in the dtype of a matrix."""
+        keys = [self.family.expert_keys(layer.name, e) for e in range(layer.num_experts)]
+        return any(len({self.source.spec(key).dtype for key in matrix}) > 1 for matrix in zip(*keys, strict=True))
 
     def compressible(self, keep_layers: list[str] | None) -> list[MoELayer]:
         """The MoE layers that are not kept as they are."""

@@ -66,6 +66,8 @@ def moved_inputs(
     for i, key in enumerate(sample.record.tolist()):
         places.setdefault(key, []).append(i)
     keys = [record_key(r) for r in records]
+    if not places.keys() <= set(keys):
+        raise UserError("the tokenizer is no longer the one that the statistics were made with: profile again")
     chosen: list[int] = []
 
     def hook(_: nn.Module, inputs: tuple, outputs: tuple) -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -391,6 +392,18 @@ def test_a_partial_folder_of_another_plan_is_not_resumed(killed, switch, stats, 
     with pytest.raises(UserError, match="left by a run with other inputs"):
         apply(switch, other, out, stats=stats, export=export, router="dominant", resume=True)
     assert (tmp_path / ".out.msmoe-partial").exists()
+
+
+def test_a_partial_folder_of_other_statistics_is_not_resumed(switch, stats, records, tmp_path):
+    plan = replace(make_plan(switch, stats, experts=3), stats={})  # names no statistics, so any will do
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        apply(switch, plan, tmp_path / "out", stats=stats, workers=1, progress=stop)
+    with pytest.raises(UserError, match="was left by a run with other inputs"):
+        apply(switch, plan, tmp_path / "out", stats=profile_small(switch, records[:20]), workers=1, resume=True)
 
 
 def test_an_interrupt_keeps_the_partial_folder_for_resume(switch, tmp_path):

@@ -88,10 +88,11 @@ def test_hooks_are_removed(dropping_switch, dropping_stats, sequential):
     family = FAMILIES["switch_transformers"]
     model = family.load_model(dropping_switch, dtype=torch.float32)
     sources = Sources(family, Checkpoint(dropping_switch), plan, dropping_stats)
+    sample = dropping_stats.layers[LAYERS[0]].tokens()
+    with pytest.raises(UserError, match="tokenizer is no longer the one that the statistics were made with"):
+        moved_inputs(sources, model, LAYERS[0], sample, [TokenRecord([3], [3])], pad_id=0)
     with pytest.raises(IndexError):  # token 999 is not in the vocabulary
-        moved_inputs(
-            sources, model, LAYERS[0], dropping_stats.layers[LAYERS[0]].tokens(), [TokenRecord([999], [3])], pad_id=0
-        )
+        moved_inputs(sources, model, LAYERS[0], sample.drawn(0, 6), [TokenRecord([999], [3])], pad_id=0)
     assert not any(router._forward_hooks for router in family.routers(model).values())
 
 

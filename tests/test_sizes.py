@@ -1,7 +1,9 @@
 """Sizes as people say them: shares of the experts and bytes of the output, against what is written."""
 
 import pytest
-from tiny import size_of
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import compress, profile_small, size_of
 
 from msmoe.apply import apply
 from msmoe.checkpoint import Checkpoint
@@ -138,3 +140,16 @@ def test_a_printed_plan_says_what_was_chosen_and_what_kept_layers_cost(switch, s
 
 def test_a_plan_that_keeps_no_layer_as_it_is_says_nothing_of_kept_layers(switch, stats):
     assert "kept as it is" not in str(make_plan(switch, stats, experts=3, keep_layers=["none"]))
+
+
+@pytest.mark.parametrize("share", ["80%", "66%"])
+def test_a_target_holds_for_experts_of_several_dtypes_that_are_not_stacked(share, copied, data, tmp_path):
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    tensors = load_file(copied / "model.safetensors")
+    for name in tensors:
+        chosen = dtypes[int(name.split("expert_")[1][0]) % 3] if "expert_" in name else torch.bfloat16
+        tensors[name] = tensors[name].to(chosen)
+    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    source, stats = Checkpoint(copied).num_bytes, profile_small(copied, data)
+    compress(copied, stats, tmp_path / "out", experts=None, export="native", method="m-smoe", target_size=share)
+    assert size_of(tmp_path / "out") <= float(share[:-1]) / 100 * source

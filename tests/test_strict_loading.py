@@ -149,3 +149,21 @@ def test_a_layer_of_one_dtype_is_stored_in_it(copied, data, tmp_path):
     out = Checkpoint(tmp_path / "out")
     assert out.spec(f"{LAYERS[1]}.experts.wi").dtype == "F32"
     assert out.spec(f"{LAYERS[1]}.experts.wo").dtype == "BF16"
+
+
+def test_an_adapter_beside_the_weights_is_refused(copied):
+    (copied / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "other"}))
+    with pytest.raises(UserError, match=r"holds an adapter beside the weights \(adapter_config\.json\): merge it"):
+        load(copied)
+
+
+def test_a_stored_wish_for_tuples_does_not_reach_what_runs(copied, switch, data):
+    edit_config(copied, return_dict=False)
+    assert msmoe.evaluate(copied, data).metrics == msmoe.evaluate(switch, data).metrics
+
+
+def test_integers_are_not_taken_for_weights(copied):
+    name = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    edit(copied, lambda tensors: tensors.update({name: (tensors[name] * 100).to(torch.int8)}))
+    with pytest.raises(UserError, match=f"{name} is I8, expected one of F64, F32, F16, BF16: quantised weights"):
+        load(copied)

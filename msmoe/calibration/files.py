@@ -253,7 +253,7 @@ def json_rows(content: bytes, name: str, fits: Fits) -> Iterator[Row]:
 
 
 def csv_rows(lines: Iterator[tuple[int, str]], name: str, delimiter: str) -> Iterator[Row]:
-    """Rows of CSV or TSV with a header; a list in JSON stands for a list."""
+    """Rows of CSV or TSV with a header; a cell is text, or a list in JSON where its field is one."""
     number = 0
 
     def texts() -> Iterator[str]:
@@ -274,22 +274,22 @@ def csv_rows(lines: Iterator[tuple[int, str]], name: str, delimiter: str) -> Ite
                 continue
             if len(cells) != len(header):
                 raise DataError(f"{place} has {len(cells)} fields, the first line names {len(header)}")
-            yield place, {key: cell_value(cell, place) for key, cell in zip(header, cells, strict=True)}
+            yield place, dict(zip(header, map(Cell, cells), strict=True))
     except csv.Error as error:
         raise DataError(f"{name}, line {number} is not CSV: {error}") from error
     finally:
         csv.field_size_limit(limit)
 
 
-def cell_value(cell: str, place: str) -> Any:
-    """A cell's text, or the list that it holds in JSON."""
-    if not (cell.startswith("[") and cell.endswith("]")):
-        return cell
-    try:
-        value = json.loads(cell)
-    except (ValueError, RecursionError):
-        return cell
-    return value if all(isinstance(item, int | dict) for item in value) else cell
+class Cell(str):
+    """The text of a cell, which may stand for a list where the field is one."""
+
+    def value(self) -> Any:
+        """What the cell holds in JSON, or the text."""
+        try:
+            return json.loads(self)
+        except (ValueError, RecursionError):
+            return str(self)
 
 
 def text_rows(lines: Iterator[tuple[int, str]], name: str) -> Iterator[Row]:

@@ -118,13 +118,14 @@ def profile(
             max_source_length=max_source_length, max_target_length=max_target_length,
         )  # fmt: skip
         with subject.running(place, precision) as model:
+            ran_in = str(model.dtype).removeprefix("torch.")
             run = Run(subject, model, calibration.tokens, batch_size, seed)
             layers = run.layers(calibration, token_sample, progress)
             if fisher:
                 layers = run.with_output_gradients(layers, fisher)
             if gradients:
                 layers = run.with_gradients(layers)
-        data_described = describe(calibration) | ({"dtype": dtype} if dtype != AUTO else {})
+        data_described = describe(calibration) | ({"dtype": ran_in} if dtype != AUTO or ran_in != "float32" else {})
         return Stats(layers, data_described, {"model_type": source.model_type, "fingerprint": source.fingerprint})
 
 
@@ -156,7 +157,7 @@ class Run:
         domain = torch.tensor([domains.index(record.domain) if domains else 0 for record in calibration.raw])
         recorder = Recorder(family, self.model, sample_size=token_sample, seed=self.seed, domains=domains)
         done = 0
-        with torch.inference_mode(), recorder.attached():
+        with torch.no_grad(), recorder.attached():  # inference mode would leave a model in memory unfit for training
             for chosen in batch_indices(self.records, self.batch_size):
                 recorder.records, recorder.domain = self.keys[chosen], domain[chosen]
                 batch = {name: t.to(self.device) for name, t in self.batch(chosen).items()}

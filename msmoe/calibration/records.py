@@ -13,6 +13,7 @@ from msmoe.calibration.datasets import named_rows, read_folder
 from msmoe.calibration.files import (
     FORMATS,
     STANDARD_INPUT,
+    Cell,
     DataError,
     Row,
     is_data_file,
@@ -154,6 +155,7 @@ def value_at(row: Mapping[str, Any], column: str, place: str) -> Any:
         return row[column]
     value: Any = row
     for part in column.split("."):
+        value = value.value() if isinstance(value, Cell) else value
         if isinstance(value, Mapping) and part in value:
             value = value[part]
         elif isinstance(value, list) and part.isdecimal():
@@ -192,6 +194,7 @@ def check_ids(record: Record, field: str) -> None:
     """Make a field of token ids, and its mask, lists of integers of the same length."""
     for name in (field, MASKS[field]):
         value = record.get(name)
+        value = value.value() if isinstance(value, Cell) else value
         value = value.tolist() if hasattr(value, "tolist") else value  # type: ignore[union-attr]
         if name == MASKS[field]:
             if value is None:
@@ -217,10 +220,12 @@ def check_text(record: Record, field: str) -> None:
     if not isinstance(value, str):
         raise DataError(f"{record.place}: {field} must be a string, got {type(value).__name__}")
     check_characters(value, f"{record.place}: {field}")
+    record[field] = str(value)
 
 
 def check_chat(record: Record, field: str) -> None:
-    record[field] = check_messages(record[field], record.place)
+    value = record[field]
+    record[field] = check_messages(value.value() if isinstance(value, Cell) else value, record.place)
     for message in record[field]:
         check_characters(message["content"], f"{record.place}: {field}")
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from msmoe.calibration.tokenizer import SpecialTokens, load_tokenizer, special_tokens
 from msmoe.checkpoint import Checkpoint
+from msmoe.checkpoint.fingerprint import SAYS_NOTHING
 from msmoe.errors import UserError
 from msmoe.families import Family, MoELayer, family_of, inspectable_family_of
 
@@ -78,16 +79,27 @@ def open_subject(given: str | Path | nn.Module, tokenizer: Any) -> Iterator[Subj
 
 
 def loaded_from(model: Any) -> Checkpoint | None:
-    """The checkpoint folder that a model was loaded from, if the weights are still those of the folder."""
+    """The checkpoint folder that a model was loaded from, if it is still what the folder holds."""
     path = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not path or not Path(path).is_dir():
         return None
     checkpoint, parameters = Checkpoint(path), dict(model.named_parameters(remove_duplicate=False))
     if any(name not in parameters and name not in dict(model.named_buffers()) for name in checkpoint):
         return None
-    stored = ((parameters[name], checkpoint.read(name)) for name in checkpoint if name in parameters)
-    same = all(p.shape == t.shape and torch.equal(p.detach().cpu(), t.to(p.dtype)) for p, t in stored)
-    return checkpoint if same else None
+    if any(parameters[n].shape != checkpoint.spec(n).shape for n in checkpoint if n in parameters):
+        return None
+    stored = ((parameters[name].detach().cpu(), checkpoint.read(name)) for name in checkpoint if name in parameters)
+    # a router widens as it runs in half precision (transformers 5.23)
+    casts = (lambda t, p: t.to(p.dtype)), (lambda t, p: t.to(model.dtype).to(p.dtype))
+    same = all(any(torch.equal(p, cast(t, p)) for cast in casts) for p, t in stored)
+    return checkpoint if same and has_configuration_of(model, checkpoint) else None
+
+
+def has_configuration_of(model: Any, checkpoint: Checkpoint) -> bool:
+    """Whether a model's configuration is that of a folder, but for what says nothing about the weights' values."""
+    stored = type(model.config).from_pretrained(checkpoint.path, local_files_only=True).to_dict()
+    own = model.config.to_dict()
+    return all(own.get(key) == stored.get(key) for key in (own.keys() | stored.keys()) - {*SAYS_NOTHING, "dtype"})
 
 
 def saved(model: Any, stack: contextlib.ExitStack) -> Checkpoint:

@@ -61,11 +61,14 @@ def tokenize(
         max_source_length, max_target_length: most tokens; None cuts nothing.
 
     Raises:
-        DataError: if no record has a token left, an id is out of range, or the tokenizer is missing.
+        DataError: if no record has a token left, an id or a length is out of range, or the tokenizer is missing.
 
     Warns:
         DataWarning: for records left out, and for records cut.
     """
+    for name, length in (("max_source_length", max_source_length), ("max_target_length", max_target_length)):
+        if length is not None and length < 1:
+            raise DataError(f"{name} must be at least 1, got {length}")
     own_eos = getattr(tokenizer, "eos_token_id", None)
     ends, eos_id = (own_eos, eos_id), own_eos if eos_id is None else eos_id
     reader = Reader(tokenizer, pad_id, eos_id, max_source_length, seed)

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from msmoe.errors import UserError, explain_library_errors
 from msmoe.strict_json import read_object
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
+MORE_FILES = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 LFS_POINTER = b"version https://git-lfs"
 DEFAULTS = {
     "vocab_size": 32128,
@@ -87,6 +89,15 @@ def check_file(file: Path) -> None:
         raise UserError(f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
     if file.suffix == ".json":
         read_object(file, "a tokenizer file")
+
+
+def tokenizer_digest(path: str | Path) -> str:
+    """SHA-256 over the files that decide how a checkpoint reads texts."""
+    digest = sha256()
+    for name in (*FILES, *MORE_FILES):
+        if (Path(path) / name).is_file():
+            digest.update(f"{name}\0{sha256((Path(path) / name).read_bytes()).hexdigest()}\0".encode())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

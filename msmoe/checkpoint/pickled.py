@@ -80,7 +80,7 @@ def byte_order(file: Path) -> bytes:
 
 
 def aliases(entries: dict[str, tuple[TensorSpec, Location | Tensor]]) -> list[str]:
-    """Names whose values are those of an earlier name: tied weights, which a pickle stores once under several names."""
+    """Names whose values are those of an earlier name: what is shared, a pickle stores once under several names."""
     seen: dict[tuple, str] = {}
     found = []
     for name, (spec, place) in entries.items():

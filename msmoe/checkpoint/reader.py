@@ -178,8 +178,10 @@ class Checkpoint:
         if self.is_pickled and self.config.get("tie_word_embeddings", True):
             from msmoe.checkpoint.pickled import aliases
 
+            size = self.config.get("vocab_size")
             for name in aliases(self._entries):
-                del self._entries[name]
+                if size is None or self.spec(name).shape[:1] == (size,):  # not experts that were saved as one
+                    del self._entries[name]
 
     def _entries_of(self, file: Path) -> dict[str, tuple[TensorSpec, Location | Tensor | None]]:
         if not self.is_pickled:

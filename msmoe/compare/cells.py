@@ -22,7 +22,7 @@ from msmoe.apply import apply
 from msmoe.calibration.batches import IGNORE, batch_indices, collate
 from msmoe.calibration.records import TokenRecord, choose_records, read_records
 from msmoe.calibration.tokenization import tokenize_for
-from msmoe.calibration.tokenizer import load_tokenizer
+from msmoe.calibration.tokenizer import load_tokenizer, tokenizer_digest
 from msmoe.checkpoint import Checkpoint
 from msmoe.compare.keeping import keep, kept
 from msmoe.compare.settings import Settings
@@ -34,7 +34,7 @@ from msmoe.loading import load
 from msmoe.plan import Plan
 from msmoe.recover.run import recover
 
-FORMAT = 2  # of the files, in their digest
+FORMAT = 3  # of the files, in their digest
 LAYER_RECORDS = 16  # per task, for the loss increase of single layers
 
 
@@ -86,6 +86,7 @@ def cell_file(job: Job, steps: int) -> Path:
     content = [
         FORMAT, version("msmoe"), Checkpoint(job.checkpoint).fingerprint, job.method, job.experts, job.seed, plan,
         [[t.file.stem, t.metric, t.sha256] for t in job.tasks], settings.max_examples, recovery, job.layer_loss,
+        tokenizer_digest(job.checkpoint),
         *([settings.unusual] if settings.unusual else []),
     ]  # fmt: skip
     digest = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -9,6 +9,7 @@ from typing import Any
 
 from msmoe.calibration.profile import profile
 from msmoe.calibration.stats import Stats
+from msmoe.calibration.tokenizer import tokenizer_digest
 from msmoe.checkpoint import Checkpoint
 from msmoe.compare.budget import budget_bytes, experts_within
 from msmoe.compare.cells import Job, Task
@@ -38,6 +39,7 @@ def calibrate(
     }
     content = Path(data).read_bytes() if Path(data).exists() else str(data).encode()
     identity = [request, source.fingerprint, sha256(content).hexdigest(), versions()["msmoe"]]
+    identity.append(tokenizer_digest(source.path))
     identity += [settings.unusual] if settings.unusual else []
     folder = out / "stats" / f"seed-{seed}"
     marker = out / "stats" / f"seed-{seed}.json"

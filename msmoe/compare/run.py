@@ -13,6 +13,7 @@ from typing import Any
 
 from msmoe.calibration.records import DataWarning, choose_records, read_records
 from msmoe.calibration.tokenization import tokenize_for
+from msmoe.calibration.tokenizer import tokenizer_digest
 from msmoe.checkpoint import Checkpoint
 from msmoe.compare.budget import budget_bytes
 from msmoe.compare.cells import Job, Task, cell_file, run_job
@@ -320,6 +321,7 @@ def collect(
             "name": source.path.name, "model_type": source.model_type, "fingerprint": source.fingerprint,
             "num_parameters": source.num_parameters, "bytes": source.num_bytes,
             "num_experts": {layer.name: layer.num_experts for layer in first.layers},
+            "tokenizer": tokenizer_digest(source.path),
         },
         "calibration": {
             "source": Path(described["source"]).name, "num_records": described["num_records"],
@@ -344,8 +346,8 @@ def collect(
 def with_earlier(results: dict, file: Path, tell: Tell) -> dict:
     """The results together with what an earlier run in the same folder measured of the same things.
 
-    Nothing is taken over from a run on another checkpoint, other tasks or calibration data, or with other settings than
-    methods, sizes, seeds and lengths of the recovery.
+    Nothing is taken over from a run on another checkpoint, other tasks or calibration data, of another version, or with
+    other settings than methods, sizes, seeds and lengths of the recovery.
     """
     if not file.exists():
         return results
@@ -364,6 +366,7 @@ def joined(results: dict, earlier: dict) -> dict:
     varying = ("methods", "experts", "seeds", "recover_steps")
     fixed = lambda s: json.dumps({k: v for k, v in s.items() if k not in varying}, sort_keys=True)
     same = fixed(mine) == fixed(theirs) and all(results[k] == earlier[k] for k in ("checkpoint", "tasks"))
+    same = same and results["versions"]["msmoe"] == earlier.get("versions", {}).get("msmoe")
     same = same and results["calibration"]["source"] == earlier["calibration"]["source"]
     digests = dict(zip(theirs["seeds"], earlier["calibration"]["sha256"], strict=True))
     own = dict(zip(mine["seeds"], results["calibration"]["sha256"], strict=True))

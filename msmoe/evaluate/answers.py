@@ -52,8 +52,9 @@ def decode(tokenizer: Any, ids: list[list[int]]) -> list[str]:
 def canonical(tokenizer: Any, text: str, place: str) -> str:
     """A target as a perfect model would write it: the tokenizer's round trip, which answers have gone through too.
 
-    A text with unknown tokens stays as it is, but for white space at the ends: no answer equals it.
+    A text with unknown tokens, or with nothing but special ones, stays as it is, but for white space at the ends: no
+    answer equals it.
     """
     ids = encode(tokenizer, text, place)
     unknown = getattr(tokenizer, "unk_token_id", None)
-    return text.strip() if unknown is not None and unknown in ids else decode(tokenizer, [ids])[0]
+    return text.strip() if unknown is not None and unknown in ids else decode(tokenizer, [ids])[0] or text.strip()

@@ -13,6 +13,7 @@ from msmoe.calibration.batches import batch_indices
 from msmoe.calibration.chat import conversation
 from msmoe.calibration.files import STANDARD_INPUT, stem_of
 from msmoe.calibration.records import Columns, Records, Source, choose_records, kind_of, read_records
+from msmoe.calibration.subject import loaded_from
 from msmoe.calibration.tokenization import tokenize
 from msmoe.calibration.tokenizer import SpecialTokens, load_tokenizer, special_tokens
 from msmoe.checkpoint import Checkpoint
@@ -29,7 +30,7 @@ ADVICE = "lower --batch-size or --max-source-length, or give --device cpu or --d
 Progress = Callable[[int, int], None]  # (examples done, examples in all)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     model: Any,
     data: Source,
@@ -54,7 +55,8 @@ def evaluate(
     of generation only the special tokens count: answers are greedy, at most two tokens longer than the longest target.
 
     Args:
-        model: a transformers sequence-to-sequence model, or a checkpoint folder.
+        model: a transformers sequence-to-sequence model, or a checkpoint folder. A model that is no longer what its
+            folder holds is called `model`, without bytes and source.
         data: a file, a data set or records, see `read_records`; those with source and target (or messages) allow every
             metric, others the loss only.
         metrics: names out of `METRICS`; by default all that the data allow. `exact_match` compares what `generate`
@@ -82,14 +84,17 @@ def evaluate(
         raise UserError(f"batch size and samples must be at least 1, got {batch_size} and {samples}")
     with memory_explained(ADVICE):
         checkpoint = checkpoint_of(model)
+        unchanged = checkpoint if isinstance(model, str | Path) else loaded_from(model)
         if isinstance(model, str | Path):
             model, device = load(model, dtype=choose_dtype(dtype)), device or AUTO
         if device is not None:
             model = model.to(choose_device(device))
         name, num_bytes, source = "model", None, None
+        if unchanged is not None:
+            name, num_bytes = unchanged.path.name, unchanged.num_bytes
+            source = original_fingerprint(unchanged)
         if checkpoint is not None:
-            name, num_bytes = checkpoint.path.name, checkpoint.num_bytes
-            source, tokenizer = original_fingerprint(checkpoint), tokenizer or load_tokenizer(checkpoint.path)
+            tokenizer = tokenizer or load_tokenizer(checkpoint.path)
         special = special_tokens_of(model, checkpoint)
         every = data if isinstance(data, Records) else read_records(data, columns=columns)
         wanted = check_metrics(metrics, every, data) if metrics else allowed_metrics(every)

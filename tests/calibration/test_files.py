@@ -119,9 +119,17 @@ def test_lists_in_csv_cells_are_token_ids(tmp_path):
     assert read_records(tmp_path / "d.csv") == [{"input_ids": [5, 6], "labels": [7]}]
 
 
-def test_a_csv_text_in_brackets_stays_a_text(tmp_path):
-    (tmp_path / "d.csv").write_text('source,target\n[laughs],"[""x""]"\n')
-    assert read_records(tmp_path / "d.csv") == [{"source": "[laughs]", "target": '["x"]'}]
+@pytest.mark.parametrize("target", ['["x"]', "[1, 2]", "[]", "[[3]]", "7"])
+def test_a_csv_text_stays_a_text_whatever_it_looks_like(target, tmp_path):
+    quoted = target.replace('"', '""')
+    (tmp_path / "d.csv").write_text(f'source,target\n[laughs],"{quoted}"\n')
+    assert read_records(tmp_path / "d.csv") == [{"source": "[laughs]", "target": target}]
+
+
+def test_a_column_may_lie_within_a_csv_cell(tmp_path):
+    (tmp_path / "d.csv").write_text('question,answers\nx,"[{""text"": ""y""}]"\n')
+    records = read_records(tmp_path / "d.csv", columns={"source": "question", "target": "answers.0.text"})
+    assert records == [{"source": "x", "target": "y"}]
 
 
 def test_a_compressed_file_gives_its_domain_the_plain_name(tmp_path):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tiny import build_switch, profile_small
-from transformers import AutoTokenizer
+from tiny import LAYERS, batch_of, build_switch, profile_small, random_records
+from transformers import AutoTokenizer, SwitchTransformersForConditionalGeneration
 
 import msmoe
 from msmoe.calibration.profile import load_records, profile
@@ -130,3 +130,21 @@ def test_records_that_were_left_out_are_left_out_when_the_data_are_read_again(sw
         Checkpoint(switch), mixed, samples=data["samples"], seed=0, max_source_length=512, max_target_length=128
     )
     assert again[1] == data["sha256"]
+
+
+def test_a_model_of_another_configuration_is_not_its_folder(switch, data, stats):
+    model = SwitchTransformersForConditionalGeneration.from_pretrained(switch, expert_capacity=2)
+    found = profile_small(model, data)
+    assert sum(layer.dropped for layer in found.layers.values()) > 0
+    assert found.checkpoint["fingerprint"] != stats.checkpoint["fingerprint"]
+
+
+def test_a_model_in_half_precision_can_be_profiled_and_trained_afterwards(switch, data, stats):
+    model = SwitchTransformersForConditionalGeneration.from_pretrained(switch, dtype=torch.bfloat16)
+    for _ in range(2):
+        found = profile_small(model, data)
+        assert found.checkpoint == stats.checkpoint
+        assert found.data["dtype"] == "bfloat16"
+    assert msmoe.evaluate(model, data).source == stats.checkpoint["fingerprint"]
+    model.train()(**batch_of(random_records(4))).loss.backward()
+    assert model.get_parameter(f"{LAYERS[0]}.router.classifier.weight").grad is not None

@@ -223,3 +223,9 @@ def test_special_tokens_that_no_model_can_use_are_named(change, complaint):
 def test_special_tokens_that_a_configuration_leaves_out_are_those_of_t5():
     special = special_tokens({"decoder_start_token_id": 0}, "config.json")
     assert (special.pad_id, special.eos_id, special.vocab_size) == (0, 1, 32128)
+
+
+@pytest.mark.parametrize(("name", "length"), [("max_source_length", 0), ("max_target_length", -1)])
+def test_a_length_below_one_is_refused(name, length):
+    with pytest.raises(DataError, match=f"{name} must be at least 1, got {length}"):
+        tokenize([{"input_ids": [3, 4], "labels": [5]}], None, **{name: length})

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from tiny import build_switch, load_tensors, logits_of, random_records, save_switch
+from tiny import LAYERS, build_switch, load_tensors, logits_of, random_records, save_switch
 
 import msmoe
 from msmoe.checkpoint import Checkpoint
@@ -168,3 +168,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 def edit_config(folder, **values):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def test_experts_that_were_saved_as_one_are_all_there(pickled, tmp_path):
+    state = build_switch().state_dict()
+    experts = f"{LAYERS[0]}.experts.expert"
+    for matrix in ("wi", "wo"):
+        state[f"{experts}_1.{matrix}.weight"] = state[f"{experts}_0.{matrix}.weight"]
+    write_bin(pickled, state)
+    model = load(pickled)
+    assert torch.equal(model.get_parameter(f"{experts}_1.wi.weight"), state[f"{experts}_0.wi.weight"])
+    convert(pickled, tmp_path / "out")
+    assert set(load_tensors(tmp_path / "out")) == set(state) - {
+        "lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"
+    }  # fmt: skip

@@ -16,8 +16,9 @@ from tiny import LAYERS, batch_of, random_records, size_of, write_records
 
 from msmoe.apply import apply
 from msmoe.calibration.stats import Stats
-from msmoe.compare.run import MARKER, compare
+from msmoe.compare.run import MARKER, compare, joined
 from msmoe.compare.settings import task_files
+from msmoe.demo import CHECKPOINT
 from msmoe.errors import UserError
 from msmoe.evaluate.run import evaluate
 from msmoe.files import locked
@@ -106,6 +107,26 @@ def test_a_rerun_does_nothing_and_gives_the_same_results(compared, switch, data,
     again = run(switch, data, tasks, out, recover_steps=(0, 8), recovery=RECOVERY, resume=True)
     assert {f: f.stat().st_mtime_ns for f in (out / "cells").iterdir()} == before
     assert again == results
+
+
+def test_cells_of_another_version_are_not_taken_over(compared):
+    results, _ = compared
+    fewer = results | {"cells": results["cells"][:2]}
+    assert len(joined(fewer, results)["cells"]) == len(results["cells"])
+    assert joined(fewer, results | {"versions": results["versions"] | {"msmoe": "0"}}) == fewer
+
+
+def test_nothing_measured_with_another_tokenizer_is_taken_over(copied, data, tasks, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(CHECKPOINT / name, copied / name)
+    options = {"seeds": 1, "recover_steps": 0, "resume": True}
+    run(copied, data, tasks, tmp_path / "out", methods="reap", **options)
+    cells = set((tmp_path / "out" / "cells").iterdir())
+    edited = json.loads((copied / "tokenizer_config.json").read_text()) | {"clean_up_tokenization_spaces": True}
+    (copied / "tokenizer_config.json").write_text(json.dumps(edited))
+    results = run(copied, data, tasks, tmp_path / "out", methods="frequency", **options)
+    assert {cell["method"] for cell in results["cells"]} == {"full", "dense", "frequency"}
+    assert len(set((tmp_path / "out" / "cells").iterdir()) - cells) == 3
 
 
 def test_only_what_is_new_is_done_and_added_to_the_results(compared, switch, data, tasks):

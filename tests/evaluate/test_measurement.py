@@ -17,6 +17,7 @@ import msmoe
 from msmoe.calibration.batches import collate
 from msmoe.calibration.records import DataWarning
 from msmoe.calibration.spans import TokenRecord
+from msmoe.checkpoint import Checkpoint
 from msmoe.demo import CHECKPOINT, TASKS
 from msmoe.errors import UserError
 from msmoe.evaluate import scorer
@@ -293,3 +294,18 @@ def test_a_data_file_that_the_tokenizer_does_not_fit_is_refused(records, tmp_pat
         evaluate(
             model, write_records(tmp_path / "d.jsonl", records), tokenizer=AutoTokenizer.from_pretrained(CHECKPOINT)
         )
+
+
+def test_labels_of_special_tokens_alone_stay_apart(model, records):
+    labelled = [r | {"target": f"<extra_id_{i % 2}>"} for i, r in enumerate(records)]
+    assert evaluate(model, labelled, count_flops=False).majority_share == 0.5
+    assert evaluate(model, labelled, metrics=["exact_match"], count_flops=False).metrics["exact_match"].value == 0
+
+
+def test_a_model_changed_in_memory_is_not_taken_for_its_folder(records):
+    model = msmoe.load(CHECKPOINT)
+    assert evaluate(model, records[:4], count_flops=False).num_bytes == Checkpoint(CHECKPOINT).num_bytes
+    with torch.no_grad():
+        model.shared.weight[5] += 1
+    changed = evaluate(model, records[:4], count_flops=False)
+    assert (changed.checkpoint, changed.num_bytes, changed.source) == ("model", None, None)
