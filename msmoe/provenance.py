@@ -11,13 +11,14 @@ from msmoe.calibration.stats import Stats
 from msmoe.card import model_card, source_metadata
 from msmoe.checkpoint import Checkpoint
 from msmoe.checkpoint.writer import CheckpointWriter
+from msmoe.errors import UserError
 from msmoe.export import Export
 from msmoe.families import Family
 from msmoe.merging import Sources
 from msmoe.plan import Plan
 from msmoe.provenance_checks import check_provenance
 from msmoe.router import RouterFit
-from msmoe.strict_json import read_object
+from msmoe.strict_json import parse, read_text, without_nan
 
 OWN_FILES = ("config.json", "plan.json", "msmoe.json", "README.md", "model.safetensors.index.json")
 KEPT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".vocab")  # tokenizer and generation settings
@@ -147,7 +148,10 @@ def read_provenance(source: Checkpoint) -> dict:
     file = source.path / "msmoe.json"
     if not file.exists():
         return {}
-    content = read_object(file, "a checkpoint's provenance")
+    complaint = f"{file} is not a checkpoint's provenance"
+    content = parse(read_text(file, "a checkpoint's provenance"), complaint, nan_is_null=True)
+    if not isinstance(content, dict):
+        raise UserError(f"{complaint}: it must hold a JSON object")
     if content.get("format") != FORMAT:
         return {}
     check_provenance(content, str(file))
@@ -194,5 +198,5 @@ def write_files(
     writer.write_text("config.json", json.dumps(layout.config, indent=2) + "\n")
     if plan is not None:
         writer.write_text("plan.json", plan.to_json())
-    writer.write_text("msmoe.json", json.dumps(provenance, indent=1) + "\n")
+    writer.write_text("msmoe.json", json.dumps(without_nan(provenance), indent=1, allow_nan=False) + "\n")
     writer.write_text("README.md", model_card(provenance, plan, source_metadata(source.path)))

@@ -53,16 +53,18 @@ def read_text(path: Path, kind: str, *, max_bytes: int = MAX_BYTES) -> str:
         raise UserError(f"{path} is not {kind}: {error.strerror or error}") from error
 
 
-def parse(text: str, complaint: str) -> Any:
+def parse(text: str, complaint: str, *, nan_is_null: bool = False) -> Any:
     """Parse JSON text strictly.
 
     Args:
         complaint: how the `UserError` for text that is no JSON begins, e.g. `plan.json is not a plan file`.
+        nan_is_null: read `NaN` and infinities, which earlier versions wrote where nothing was measured, as null.
     """
+    constant = (lambda _: None) if nan_is_null else _refuse_constant
     if text.startswith(LFS_POINTER):
         raise UserError(f"{complaint}: {LFS_ADVICE}")
     try:
-        return json.loads(text, object_pairs_hook=_distinct, parse_constant=_refuse_constant)
+        return json.loads(text, object_pairs_hook=_distinct, parse_constant=constant)
     except UserError as error:
         raise UserError(f"{complaint}: {error}") from None
     except RecursionError:
@@ -82,6 +84,15 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> float:
     raise UserError(f"it holds {name}, which is not a number of JSON")
+
+
+def without_nan(value: Any) -> Any:
+    """The same content with null in the place of every number that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def shown(value: object) -> str:

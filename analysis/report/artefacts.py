@@ -1,5 +1,6 @@
 """The files that a report is made from: what each one is, and whether they belong together."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -179,7 +180,7 @@ def gather(items: Sequence[object], *, thorough: bool = False) -> Artefacts:
     comparisons = [item for item in opened if isinstance(item, Comparison)]
     if any(a.content == b.content for i, a in enumerate(comparisons) for b in comparisons[:i]):
         raise UserError(f"{comparisons[-1].label} holds the same results as another artefact: give one of them")
-    paths = [folder.checkpoint.path.resolve() for folder in folders]
+    paths = [os.path.realpath(folder.checkpoint.path) for folder in folders]
     if len(set(paths)) < len(paths):
         raise UserError(f"{max(paths, key=paths.count)} is given twice")
     return Artefacts(
@@ -216,7 +217,7 @@ def open_artefact(item: object) -> Item:
 
 
 def open_path(path: Path) -> Item:
-    label = shorten(path.resolve().name)
+    label = shorten(os.path.basename(os.path.realpath(path)))
     if (path / "stats.json").exists():
         return LabelledStats(label, Stats.load(path))
     if (path / "config.json").exists():
@@ -236,7 +237,7 @@ def open_path(path: Path) -> Item:
 
         return LabelledPlan(label, Plan.load(path))
     if path.name == "results.json":
-        label = shorten(path.resolve().parent.name)
+        label = shorten(os.path.basename(os.path.dirname(os.path.realpath(path))))
     return read_results(content, label, path)
 
 

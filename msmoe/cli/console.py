@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -106,15 +105,9 @@ def show_warning(message, category, filename, lineno, file=None, line=None) -> N
 
 def print_json(content: object) -> None:
     """Print JSON; a number that is not finite, which JSON has no word for, is null."""
-    click.echo(json.dumps(without_infinities(content), indent=1, allow_nan=False))
+    from msmoe.strict_json import without_nan
 
-
-def without_infinities(content: object) -> object:
-    if isinstance(content, dict):
-        return {key: without_infinities(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [without_infinities(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
+    click.echo(json.dumps(without_nan(content), indent=1, allow_nan=False))
 
 
 def table(*columns: str, title: str | None = None) -> "Table":

@@ -170,7 +170,7 @@ def reload_elsewhere(compressed: Path, folder: Path) -> tuple[float, str]:
     save_file(batch, batch_file)
     script = Path(here).with_name("reload.py")
     run = subprocess.run(
-        [sys.executable, script, compressed, batch_file, logits_file],
+        [sys.executable, script, *map(os.path.abspath, (compressed, batch_file, logits_file))],
         capture_output=True,
         text=True,
         cwd=folder,

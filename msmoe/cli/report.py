@@ -1,6 +1,7 @@
 """`msmoe report`"""
 
 import json
+import os
 import webbrowser
 from pathlib import Path
 
@@ -76,6 +77,6 @@ def check_page(out: Path | None, artefacts: tuple[Path, ...], *, force: bool) ->
         return
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: give the name of a file, such as {out / 'report.html'}")
-    if out.resolve() in [path.resolve() for path in artefacts]:
+    if os.path.realpath(out) in map(os.path.realpath, artefacts):  # a link to itself has no other resolution
         raise UserError(f"--out {out} is one of the artefacts: give another name")
     check_place(out, FILE, force=force, inputs=artefacts)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from msmoe import strict_json
 from msmoe.errors import UserError
 
 MAX_SHOWN = 40  # characters of a value in an error
@@ -18,9 +19,9 @@ def load_json(path: Path) -> object:
         UserError: if it cannot be read, or is no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        return json.loads(strict_json.read_text(path, "a file of results or a plan"))
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON: {error}") from error
 

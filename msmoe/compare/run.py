@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -10,6 +11,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from msmoe.calibration.records import DataWarning, choose_records, read_records
+from msmoe.calibration.tokenization import tokenize_for
 from msmoe.calibration.tokenizer import tokenizer_digest
 from msmoe.checkpoint import Checkpoint
 from msmoe.compare.budget import budget_bytes
@@ -28,6 +31,7 @@ from msmoe.methods import METHODS, variant
 from msmoe.places import check_apart
 from msmoe.planning import Planner, check_request
 from msmoe.provenance import versions
+from msmoe.strict_json import without_nan
 
 FORMAT = "msmoe-comparison/1"
 MARKER = ".lock"  # a comparison's folder has it; who writes there holds it
@@ -112,6 +116,7 @@ def compare(
         )
         for f in files
     )
+    check_tasks(source, measured, settings)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / MARKER), removed_if_nothing_is_done(out):
         if force:
@@ -141,6 +146,16 @@ def compare(
         raise UserError(f"{len(failures)} of {len(jobs)} jobs failed, {failures[0]}; the others are kept in {out}: "
                         "--resume tries again")  # fmt: skip
     return results
+
+
+def check_tasks(source: Checkpoint, tasks: Sequence[Task], settings: Settings) -> None:
+    """Raise `UserError` for a record that the checkpoint cannot be measured on, before anything is run."""
+    for task in tasks:
+        raw = read_records(task.file, columns=settings.columns)
+        chosen = choose_records(raw, settings.max_examples, seed=0) if settings.max_examples else raw
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DataWarning)  # said when it is measured
+            tokenize_for(source, chosen, seed=0, max_source_length=None, max_target_length=None)
 
 
 @contextlib.contextmanager
@@ -270,6 +285,7 @@ def measure_all_costs(jobs: list[Job], settings: Settings, progress: Progress | 
 
 def to_json(results: dict) -> str:
     """The content of `results.json`: a line for each entry, and for each cell."""
+    results = without_nan(results)
     cells = ",\n".join(json.dumps(cell, separators=(",", ":")) for cell in results["cells"])
     entries = [
         f'"cells": [\n{cells}\n]' if name == "cells" else f"{json.dumps(name)}: {json.dumps(value)}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from msmoe.checkpoint.reader import Checkpoint
 from msmoe.errors import UserError
+from msmoe.families.base import MATRICES
 
 if TYPE_CHECKING:
     from msmoe.families.base import Family
@@ -147,6 +148,11 @@ def check_maps(family: Family, checkpoint: Checkpoint) -> None:
         for row, target in enumerate(checkpoint.read_integers(key)):
             if not 0 <= target < targets:
                 raise UserError(f"{key} sends row {row} to expert {target}; experts are 0 to {targets - 1}")
+        for matrix in MATRICES:
+            rows = family.factor_keys(layer.name, matrix).rows
+            num_outputs = layer.shape(matrix)[0]
+            if rows in checkpoint and any(not 0 <= row < num_outputs for row in checkpoint.read_integers(rows)):
+                raise UserError(f"{rows} names a row that is not there; rows are 0 to {num_outputs - 1}")
 
 
 def check_factors(factors: Any, place: str) -> None:
