@@ -64,7 +64,7 @@ def parse(text: str, complaint: str, *, nan_is_null: bool = False) -> Any:
     if text.startswith(LFS_POINTER):
         raise UserError(f"{complaint}: {LFS_ADVICE}")
     try:
-        return json.loads(text, object_pairs_hook=_distinct, parse_constant=constant)
+        return json.loads(text, object_pairs_hook=distinct, parse_constant=constant)
     except UserError as error:
         raise UserError(f"{complaint}: {error}") from None
     except RecursionError:
@@ -73,7 +73,8 @@ def parse(text: str, complaint: str, *, nan_is_null: bool = False) -> Any:
         raise UserError(f"{complaint}: it is not readable JSON ({error})") from error
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; `UserError` if it names a field twice. For `object_pairs_hook`."""
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]

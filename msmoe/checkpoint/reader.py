@@ -23,7 +23,7 @@ from msmoe.checkpoint.source import (
     weight_files,
 )
 from msmoe.errors import UserError
-from msmoe.strict_json import LFS_ADVICE, LFS_POINTER, read_object
+from msmoe.strict_json import LFS_ADVICE, LFS_POINTER, distinct, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +99,7 @@ def read_header(file: Path) -> dict[str, tuple[TensorSpec, Location]]:
             (length,) = struct.unpack("<Q", start.ljust(8, b"\0"))
             if size < 8 or not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
                 raise UserError(f"{file} is truncated or not a safetensors file ({size} bytes)")
-            header = json.loads(stream.read(length))
+            header = json.loads(stream.read(length), object_pairs_hook=distinct)
     except RecursionError:
         raise UserError(f"{file} has a corrupted safetensors header") from None
     except OSError as error:

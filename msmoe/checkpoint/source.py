@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from msmoe.errors import UserError
-from msmoe.strict_json import read_object
+from msmoe.strict_json import read_object, shown
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.vocab", "README.md", "LICENSE*")
 OTHER_FORMATS = (".h5", ".msgpack", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".safetensors")
+MAX_NAME = 255  # characters of a file name
 TIMEOUT = 10  # seconds that the hub has to answer
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]*\w)(?:@([\w./-]+))?", re.ASCII)
 
@@ -221,10 +222,10 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map")
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not name or not name.isprintable():
-            raise UserError(f"{index}: the file of {tensor} must be a file name, it is {name!r}")
+        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
+            raise UserError(f"{index}: the file of {shown(tensor)} must be a file name, it is {shown(name)}")
         if Path(name).name != name or name in (".", ".."):
-            raise UserError(f"{index}: the file of {tensor} lies outside the folder: {name!r}")
+            raise UserError(f"{index}: the file of {shown(tensor)} lies outside the folder: {shown(name)}")
     return weight_map
 
 
