@@ -328,7 +328,7 @@ def check_layer(name: str, layer: LayerPlan) -> None:
     Raises:
         UserError: naming the layer and the expert or the sum that is wrong.
     """
-    if any(part in name for part in ("/", "\\", "..")) or not name.isprintable():
+    if not name or any(part in name for part in ("/", "\\", "..")) or not name.isprintable():
         raise UserError(f"{name!r} is not a layer name")
     seen: set[int] = set()
     if not layer.groups:
@@ -339,7 +339,7 @@ def check_layer(name: str, layer: LayerPlan) -> None:
                             f"{len(group.weights)} weights")  # fmt: skip
         if group.dominant not in group.members:
             raise UserError(f"{name}: dominant expert {group.dominant} is not a member of its group")
-        total = math.fsum(group.weights)
+        total = math.fsum(min(w, 2.0) for w in group.weights)  # no weight may be above 1; a huge one would overflow
         if not all(w >= 0 for w in group.weights) or not abs(total - 1) <= WEIGHT_TOLERANCE:
             raise UserError(f"{name}: weights of the group of expert {group.dominant} sum to {total}, not to 1")
     for e in [*(m for g in layer.groups for m in g.members), *layer.removed]:

@@ -15,6 +15,7 @@ from msmoe.errors import UserError
 MAX_BYTES = 256 * 2**20  # of a file
 LFS_POINTER = "version https://git-lfs"
 LFS_ADVICE = "it is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder"
+LARGEST = 2**63 - 1
 MAX_SHOWN = 60  # characters of a wrong value
 
 
@@ -112,6 +113,8 @@ def field(content: dict, name: str, where: str) -> Any:
 def whole(value: Any, where: str, *, least: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"{where} must be a whole number of at least {least}, got {shown(value)}")
+    if value > LARGEST:
+        raise UserError(f"{where} must be a whole number of at most {LARGEST}, got {shown(value)}")
     return value
 
 

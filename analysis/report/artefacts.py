@@ -180,6 +180,8 @@ def gather(items: Sequence[object], *, thorough: bool = False) -> Artefacts:
     comparisons = [item for item in opened if isinstance(item, Comparison)]
     if any(a.content == b.content for i, a in enumerate(comparisons) for b in comparisons[:i]):
         raise UserError(f"{comparisons[-1].label} holds the same results as another artefact: give one of them")
+    if originals:
+        check_layers_known(originals[0], opened)
     paths = [os.path.realpath(folder.checkpoint.path) for folder in folders]
     if len(set(paths)) < len(paths):
         raise UserError(f"{max(paths, key=paths.count)} is given twice")
@@ -309,6 +311,16 @@ def check_same_model(items: Sequence[Item]) -> None:
             first = item.label, found
         elif found != first[1]:
             raise UserError(f"{item.label} is of another checkpoint than {first[0]} (fingerprints differ)")
+
+
+def check_layers_known(original: CheckpointFolder, items: Sequence[Item]) -> None:
+    """Refuse a plan that names layers, or numbers of experts, that its checkpoint does not have."""
+    from msmoe.families import inspectable_family_of
+
+    plans = [item.plan for item in items if isinstance(item, LabelledPlan)]
+    for plan in plans:
+        layers = inspectable_family_of(original.checkpoint).stored_layers(original.checkpoint)
+        plan.check_against(original.checkpoint, [layer for layer, _ in layers])
 
 
 def fingerprint_of(item: Item) -> str | None:

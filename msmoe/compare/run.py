@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -110,7 +111,7 @@ def compare(
     check_folder(out, resume=resume, force=force)
     measured = tuple(
         Task(
-            f.resolve(),
+            Path(os.path.abspath(f)),  # a link goes by its own name
             task_metric(f, settings.metric, explicit=explicit_metric, columns=settings.columns),
             sha256(f.read_bytes()).hexdigest(),
         )
@@ -196,6 +197,9 @@ def check_folder(out: Path, *, resume: bool, force: bool) -> None:
         raise UserError(f"{out} exists and holds no comparison: choose another --out")
     if not (resume or force):
         raise UserError(f"{out} exists; use --resume to add what is new, or --force to start over")
+    results = out / "results.json"
+    if os.path.lexists(results) and not results.is_file():
+        raise UserError(f"{results} is not a regular file: move it away, or choose another --out")
 
 
 def start_over(out: Path) -> None:

@@ -29,6 +29,7 @@ def read_tensors(file: Path) -> tuple[dict, bytes]:
 def write_tensors(file: Path, header: dict | str, body: bytes, length: int | None = None) -> None:
     """Put header and body together again, with any length in front."""
     text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    text += b" " * (-len(text) % 8)  # values that lie elsewhere are rounded elsewhere
     rewrite(file, (len(text) if length is None else length).to_bytes(8, "little") + text + body)
 
 
