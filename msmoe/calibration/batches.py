@@ -12,12 +12,23 @@ from torch import Tensor
 
 from msmoe.calibration.spans import IGNORE, TokenRecord
 
+MAX_WEIGHTS = 64 * 512**2  # of one attention head over a batch
+
 
 def batch_indices(records: Sequence[TokenRecord], batch_size: int) -> Iterator[list[int]]:
-    """Positions of the records, longest first, `batch_size` at a time."""
+    """Positions of the records, longest first, `batch_size` at a time.
+
+    Fewer at a time where one of them is so long that the attention weights of all, padded to its length, would take
+    more than those of 64 sequences of 512 tokens.
+    """
     order = sorted(range(len(records)), key=lambda i: (-len(records[i].input_ids), -len(records[i].labels), i))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    start = 0
+    while start < len(order):
+        chosen = order[start : start + batch_size]
+        longest = max(max(len(records[i].input_ids), len(records[i].labels)) for i in chosen)
+        chosen = chosen[: max(1, MAX_WEIGHTS // longest**2)]
+        yield chosen
+        start += len(chosen)
 
 
 def collate(records: Sequence[TokenRecord], *, pad_id: int) -> dict[str, Tensor]:
