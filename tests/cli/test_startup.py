@@ -101,6 +101,12 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def with_default_signals() -> None:
+    """In the child: tests that run in the background of a shell have inherited that SIGINT is ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def listens_to(pid: int, number: int) -> bool:
     """Whether a process catches a signal by a handler of its own: Python starts with one for SIGINT alone."""
     status = Path(f"/proc/{pid}/status").read_text()
@@ -111,8 +117,14 @@ def listens_to(pid: int, number: int) -> bool:
 @pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
 @pytest.mark.parametrize("delay", [0.0, 0.3, 1.0])
 def test_a_signal_during_imports_ends_with_one_line_and_its_code(number, word, delay):
-    process = subprocess.Popen([MSMOE, "methods"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not listens_to(process.pid, number):  # the interpreter itself has to start first
+    process = subprocess.Popen(
+        [MSMOE, "methods"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=with_default_signals,
+    )
+    while process.poll() is None and not listens_to(process.pid, number):  # the interpreter itself has to start first
         time.sleep(0.002)
     time.sleep(delay)
     if process.poll() is None:
