@@ -29,14 +29,14 @@ from msmoe.layer_errors import routing_costs
 from msmoe.loading import check_complete
 from msmoe.merge import RULES
 from msmoe.merging import GroupReport, Sources, merge_one
-from msmoe.methods import check_parameters, factor_options
+from msmoe.methods import check_parameters, choose, factor_options
 from msmoe.parallel import Progress, in_order, on_one_thread, single_threaded
 from msmoe.places import CHECKPOINT, check_place
 from msmoe.plan import Plan
 from msmoe.planning import predict
 from msmoe.provenance import capacity_drop_rates, write_metadata
 from msmoe.prune.scores import mean_output
-from msmoe.router import RouterFit, reduce_router
+from msmoe.router import ROUTERS, RouterFit, reduce_router
 from msmoe.sequential import merge_sequentially
 from msmoe.tables import html_table
 from msmoe.verify import check_written
@@ -131,6 +131,7 @@ def apply(
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     plan.check_against(source, family.layers(source))
     check_parameters(plan.parameters)
+    choose("router", router, ROUTERS)
     plan = predict(family, source, plan, export=export)
     how = {
         "data": data, "export": export, "router": router, "max_shard_bytes": max_shard_bytes, "workers": workers,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from msmoe.files import write_whole
+from msmoe.strict_json import read_text
 
 
 def keep(file: Path, content: Any) -> None:
@@ -22,10 +23,10 @@ def keep(file: Path, content: Any) -> None:
 def kept(file: Path) -> Any:
     """What `keep` wrote; None for a file that is missing, damaged or of another sort."""
     try:
-        found = json.loads(file.read_bytes())
+        found = json.loads(read_text(file, "a kept file"))
         content = found["content"]
         return content if found["sha256"] == digest(json.dumps(content)) else None
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):
         return None
 
 

@@ -79,7 +79,7 @@ for table in (TOKENS, PAIRS):
         bytes_row(table, label, change, expect)
     for label, change in {
         "a line too deep": lambda s: DEEP, "a line deep inside": lambda s: s[:-1] + ', "x": ' + DEEP + "}",
-        "a line null": lambda s: "null", "a line 5": lambda s: "5", "a line of text": lambda s: '"w1 w2"',
+        "a line 5": lambda s: "5", "a line of text": lambda s: '"w1 w2"',
         "a line that is no JSON": lambda s: s + "}", "two records in a line": lambda s: s + s,
         "a huge integer in a line": lambda s: s[:-1] + ', "x": ' + "9" * 5000 + "}",
     }.items():  # fmt: skip
@@ -99,7 +99,7 @@ for table in (TOKENS, PAIRS):
         record_row(table, label, change, expect)
     table.row("packed", lambda t: renamed(t, ".jsonl.gz", gzip.compress(t.path.read_bytes())), FINE, UNNAMED)
     table.row("packed and cut", lambda t: renamed(t, ".jsonl.gz", gzip.compress(t.path.read_bytes())[:-30]))
-    table.row("packed and no gz", lambda t: renamed(t, ".jsonl.gz", t.path.read_bytes()), Expect.SAME_OR_REFUSE)
+    table.row("packed and no gz", lambda t: renamed(t, ".jsonl.gz", t.path.read_bytes()), Expect.EITHER)
     table.row("packed noise", lambda t: renamed(t, ".jsonl.gz", b"\x1f\x8b" + t.rng.randbytes(400)))
     table.row("a bomb", lambda t: renamed(t, ".jsonl.gz", gzip.compress(bytes(10**6)) * 3000))
     table.row("an odd ending", lambda t: renamed(t, ".data", t.path.read_bytes()), Expect.SAME_OR_REFUSE)
