@@ -75,8 +75,9 @@ def print_report(report, *, as_json: bool) -> None:
     from msmoe.layer_errors import refit_errors
 
     out, costs = console(), report.routing_costs
+    dropped_now = "dropped as planned" if costs else "dropped now"  # a reduced router may drop others
     rows = table(
-        "layer", "merged groups", "neurons moved", "error before refit", "after refit", "dropped", "dropped now",
+        "layer", "merged groups", "neurons moved", "error before refit", "after refit", "dropped", dropped_now,
         "router agrees", *(["as exported"] if costs else []),
     )  # fmt: skip
     errors = refit_errors(report.groups)
