@@ -282,8 +282,6 @@ def read_calibration(data: Data, *, columns: Columns | None = None) -> Records:
             domain = "" if domain is None else domain
             if not isinstance(domain, str):
                 raise DataError(f"{record.place}: domain must be a string, got {type(domain).__name__}")
-            if not domain.isprintable():
-                raise DataError(f"{record.place}: domain must be printable text, got {domain!r}")
             record.domain = domain or name
             records.append(record)
     if any(record.domain for record in records):

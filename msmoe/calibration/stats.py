@@ -349,7 +349,7 @@ class Stats:
             arrays |= {f"domain/{domain}": counts for domain, counts in layer.domain_arrays().items()}
             arrays |= {f"sample/{key}": array for key, array in layer.sample_arrays().items()}
             for key, array in arrays.items():
-                digest.update(f"{name}/{key}\0{array.dtype}\0{array.shape}\0".encode())
+                digest.update(f"{name}/{key}\0{array.dtype}\0{array.shape}\0".encode(errors="surrogatepass"))
                 digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 

@@ -254,7 +254,7 @@ def test_a_file_that_is_no_comparison_ends_with_one_line(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("content", "expected"), [(None, "cannot read"), ("{", "is no JSON")])
+@pytest.mark.parametrize(("content", "expected"), [(None, "No such file"), ("{", "is no JSON")])
 def test_a_file_that_cannot_be_read_ends_with_one_line(tmp_path, capsys, content, expected):
     file = tmp_path / "results.json"
     if content is not None:
