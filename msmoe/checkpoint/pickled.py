@@ -54,6 +54,8 @@ def read_pickle(file: Path) -> dict[str, tuple[TensorSpec, Location | Tensor]]:
             entries[name] = spec, Location(file, offset + tensor.storage_offset() * tensor.element_size())
         else:
             loaded = loaded or load(file, on_disk=False)
+            if loaded[name].is_meta:
+                raise UserError(f"{file}: tensor {name} was saved without its values (on the meta device)")
             entries[name] = spec, loaded[name]
     return entries
 

@@ -102,6 +102,7 @@ def test_a_pickle_that_runs_code_is_refused_by_name_and_not_run(protocol, pickle
     [
         ({"epoch": 3, "w": torch.ones(2)}, "'epoch' is int, not a tensor"),
         ({"state_dict": {"w": torch.ones(2)}}, "'state_dict' is dict, not a tensor"),
+        ({"w": torch.ones(2, device="meta")}, "tensor w was saved without its values"),
         ([torch.ones(2)], "it holds list, not named tensors"),
         ({"w": torch.ones(2, dtype=torch.complex64)}, "tensor w is torch.complex64"),
         ({"w": torch.ones(2, 2).to_sparse()}, "tensor w is torch.sparse_coo"),
