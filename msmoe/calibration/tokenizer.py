@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from msmoe.errors import UserError, explain_library_errors
-from msmoe.strict_json import read_object
+from msmoe.strict_json import LFS_ADVICE, LFS_POINTER, read_object
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
 MORE_FILES = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-LFS_POINTER = b"version https://git-lfs"
 DEFAULTS = {
     "vocab_size": 32128,
     "pad_token_id": 0,
@@ -85,8 +84,8 @@ def check_file(file: Path) -> None:
             start = stream.read(len(LFS_POINTER))
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
-    if start == LFS_POINTER:
-        raise UserError(f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
+    if start == LFS_POINTER.encode():
+        raise UserError(f"{file} cannot be read: {LFS_ADVICE}")
     if file.suffix == ".json":
         read_object(file, "a tokenizer file")
 

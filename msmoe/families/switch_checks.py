@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from msmoe.checkpoint.reader import Checkpoint
 from msmoe.errors import UserError
 from msmoe.families.base import MATRICES
+from msmoe.strict_json import shown
 
 if TYPE_CHECKING:
     from msmoe.families.base import Family
@@ -178,9 +179,3 @@ def is_integer(value: Any) -> bool:
 
 def is_real(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
-
-
-def shown(value: Any) -> str:
-    """A value of a file in an error message, never longer than a line."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."

@@ -169,7 +169,7 @@ def files(tmp_path):
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_git_lfs_pointer_is_named(name, files):
     (files / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
-    with pytest.raises(UserError, match=f"{name} is a git-lfs pointer, not the file itself: run `git lfs pull`"):
+    with pytest.raises(UserError, match=f"{name} cannot be read: it is a git-lfs pointer"):
         load_tokenizer(files)
 
 
