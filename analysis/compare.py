@@ -12,8 +12,8 @@ from msmoe.analysis.comparison_plots import FIGURES, write_figures
 from msmoe.analysis.comparison_tables import comparison_csv, latex, latex_document, markdown
 from msmoe.analysis.cost_tables import cost_csv, cost_markdown
 
-from msmoe.compare.reading import load_comparison
-from msmoe.compare.scoring import summarise
+from msmoe.comparison.reading import load_comparison
+from msmoe.comparison.scoring import summarise
 from msmoe.errors import UserError
 from msmoe.files import write_into
 

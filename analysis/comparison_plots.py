@@ -28,7 +28,7 @@ from msmoe.analysis.comparison_points import (
     value_range,
 )
 
-from msmoe.compare.summary import FULL, Row, Score, Summary, Task, count, megabytes
+from msmoe.comparison.summary import FULL, Row, Score, Summary, Task, count, megabytes
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")

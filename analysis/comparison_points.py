@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.isotonic import isotonic_regression
 
-from msmoe.compare.summary import Row, Score, Summary
+from msmoe.comparison.summary import Row, Score, Summary
 
 SAME_BYTES = 0.01  # models closer than this in bytes are equal on the Pareto front
 

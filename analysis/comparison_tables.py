@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from msmoe.compare.summary import LABELS, MISSING, SAME_AS_BEST, SAME_AS_FULL, Column, Row, Score, Size, Summary
+from msmoe.comparison.summary import LABELS, MISSING, SAME_AS_BEST, SAME_AS_FULL, Column, Row, Score, Size, Summary
 
 MARKDOWN_SYNTAX = re.compile(r"([\\`*_\[\]<>|~&$#])")
 LATEX_SYNTAX = {  # a star or bracket that begins a row would be an argument of the line break before it

@@ -15,72 +15,58 @@ Importing the package lets transformers' Auto classes open compressed checkpoint
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from msmoe.errors import MsmoeWarning, UserError
-from msmoe.registration import register_when_needed
+from msmoe.formats.registration import register_when_needed
 
 if TYPE_CHECKING:
-    from msmoe.apply import ApplyReport, apply
     from msmoe.calibration.profile import profile
     from msmoe.calibration.stats import Stats
-    from msmoe.compare.run import compare
-    from msmoe.convert import ConvertReport, convert
-    from msmoe.evaluate.results import TaskResult, results_frame, save_results
-    from msmoe.evaluate.run import evaluate
-    from msmoe.factorize.run import FactorizeReport, factorize
-    from msmoe.forecast import Forecast, forecast
-    from msmoe.inspect import Summary, inspect
-    from msmoe.layer_errors import LayerError, layer_errors
-    from msmoe.loading import load
-    from msmoe.methods import METHODS
-    from msmoe.plan import Plan
-    from msmoe.planning import plan
-    from msmoe.recover.run import RecoverReport, recover
+    from msmoe.comparison.run import compare
+    from msmoe.compression.apply import ApplyReport, apply
+    from msmoe.compression.factorize import FactorizeReport, factorize
+    from msmoe.compression.layer_errors import LayerError, layer_errors
+    from msmoe.evaluation.results import TaskResult, results_frame, save_results
+    from msmoe.evaluation.run import evaluate
+    from msmoe.families.inspection import Summary, inspect
+    from msmoe.families.loading import load
+    from msmoe.forecasting import Forecast, forecast
+    from msmoe.formats.convert import ConvertReport, convert
+    from msmoe.planning.methods import METHODS
+    from msmoe.planning.plan import Plan
+    from msmoe.planning.planner import plan
+    from msmoe.recovery.run import RecoverReport, recover
     from msmoe.reporting import report
 
 PLACES = {  # name -> the module that has it, imported when the name is first used
-    "METHODS": "msmoe.methods",
-    "ApplyReport": "msmoe.apply",
-    "ConvertReport": "msmoe.convert",
-    "FactorizeReport": "msmoe.factorize.run",
-    "Forecast": "msmoe.forecast",
-    "LayerError": "msmoe.layer_errors",
-    "Plan": "msmoe.plan",
-    "RecoverReport": "msmoe.recover.run",
+    "METHODS": "msmoe.planning.methods",
+    "ApplyReport": "msmoe.compression.apply",
+    "ConvertReport": "msmoe.formats.convert",
+    "FactorizeReport": "msmoe.compression.factorize",
+    "Forecast": "msmoe.forecasting",
+    "LayerError": "msmoe.compression.layer_errors",
+    "Plan": "msmoe.planning.plan",
+    "RecoverReport": "msmoe.recovery.run",
     "Stats": "msmoe.calibration.stats",
-    "Summary": "msmoe.inspect",
-    "TaskResult": "msmoe.evaluate.results",
-    "apply": "msmoe.apply",
-    "compare": "msmoe.compare.run",
-    "convert": "msmoe.convert",
-    "evaluate": "msmoe.evaluate.run",
-    "factorize": "msmoe.factorize.run",
-    "forecast": "msmoe.forecast",
-    "inspect": "msmoe.inspect",
-    "layer_errors": "msmoe.layer_errors",
-    "load": "msmoe.loading",
-    "plan": "msmoe.planning",
+    "Summary": "msmoe.families.inspection",
+    "TaskResult": "msmoe.evaluation.results",
+    "apply": "msmoe.compression.apply",
+    "compare": "msmoe.comparison.run",
+    "convert": "msmoe.formats.convert",
+    "evaluate": "msmoe.evaluation.run",
+    "factorize": "msmoe.compression.factorize",
+    "forecast": "msmoe.forecasting",
+    "inspect": "msmoe.families.inspection",
+    "layer_errors": "msmoe.compression.layer_errors",
+    "load": "msmoe.families.loading",
+    "plan": "msmoe.planning.planner",
     "profile": "msmoe.calibration.profile",
-    "recover": "msmoe.recover.run",
+    "recover": "msmoe.recovery.run",
     "report": "msmoe.reporting",
-    "results_frame": "msmoe.evaluate.results",
-    "save_results": "msmoe.evaluate.results",
+    "results_frame": "msmoe.evaluation.results",
+    "save_results": "msmoe.evaluation.results",
 }
-
-
-class Package(ModuleType):
-    """The package, whose `plan` is the function whatever has been imported.
-
-    Python sets a submodule as an attribute of its package, so that `import msmoe.plan` would put the module in the
-    place of the function of that name. `from msmoe.plan import Plan` finds the module without the attribute.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in PLACES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
 
 
 def __getattr__(name: str) -> Any:
@@ -95,7 +81,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *PLACES})
 
 
-sys.modules[__name__].__class__ = Package
 register_when_needed()
 
 __all__ = [

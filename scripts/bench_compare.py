@@ -38,9 +38,9 @@ from bench_pipeline import (  # noqa: E402
     time_recording,
 )
 
-from msmoe.compare.settings import FISHER_RECORDS  # noqa: E402
-from msmoe.evaluate.run import peak_memory  # noqa: E402
-from msmoe.methods import METHODS  # noqa: E402
+from msmoe.comparison.settings import FISHER_RECORDS  # noqa: E402
+from msmoe.evaluation.run import peak_memory  # noqa: E402
+from msmoe.planning.methods import METHODS  # noqa: E402
 
 NUM_KEPT = 8
 MAX_CALIBRATION, MAX_PLANNING = 1.5, 60.0  # stock forward passes; seconds
@@ -70,7 +70,7 @@ def stage_stats(folder: Path, work: Path, num_records: int) -> dict:
 
 def stage_planning(folder: Path, work: Path, num_records: int) -> dict:
     """Seconds of opening checkpoint and statistics, and of every method's plan."""
-    from msmoe.planning import Planner
+    from msmoe.planning.planner import Planner
 
     started = time.perf_counter()
     planner = Planner(folder, work / "stats")

@@ -24,7 +24,7 @@ if "--stage" in sys.argv:
 from bench_pipeline import D_FF, D_MODEL, best_of, build, data_of, run_stage_of  # noqa: E402
 
 from msmoe.checkpoint import Checkpoint  # noqa: E402
-from msmoe.evaluate.run import peak_memory  # noqa: E402
+from msmoe.evaluation.run import peak_memory  # noqa: E402
 
 VARIANTS = {
     "plain, rank 32, 10 % rows": {"rank": 32},
@@ -44,7 +44,7 @@ def stage_stats(folder: Path, work: Path) -> dict:
 
 
 def stage_factorize(folder: Path, work: Path, variant: str) -> dict:
-    from msmoe.factorize.run import factorize
+    from msmoe.compression.factorize import factorize
 
     options = dict(VARIANTS[variant])
     stats = work / "stats" if options.pop("stats", False) else None
@@ -56,7 +56,7 @@ def stage_factorize(folder: Path, work: Path, variant: str) -> dict:
 def stage_svd(folder: Path, work: Path) -> dict:
     """Full decompositions of the same matrices, a batch per layer and matrix."""
     from msmoe.families import family_of
-    from msmoe.families.base import load_expert
+    from msmoe.families.protocol import load_expert
 
     source = Checkpoint(folder)
     family = family_of(source)
@@ -91,8 +91,8 @@ def stage_copy(folder: Path, work: Path) -> dict:
 
 def stage_forward(folder: Path, work: Path) -> dict:
     """One stack of experts, dense and factorised: milliseconds, and floating-point operations beside dense."""
-    from msmoe.modeling.configuration_msmoe import MsmoeSwitchConfig
-    from msmoe.modeling.modeling_msmoe import GroupedExperts
+    from msmoe.formats.modeling.configuration_msmoe import MsmoeSwitchConfig
+    from msmoe.formats.modeling.modeling_msmoe import GroupedExperts
 
     config = MsmoeSwitchConfig(d_model=D_MODEL, d_ff=D_FF, dropout_rate=0.0)
     result = {}

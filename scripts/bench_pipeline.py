@@ -30,7 +30,7 @@ from msmoe.calibration.records import TokenRecord  # noqa: E402
 from msmoe.calibration.stats import LayerStats  # noqa: E402
 from msmoe.checkpoint import Checkpoint, TensorSpec  # noqa: E402
 from msmoe.checkpoint.writer import CheckpointWriter  # noqa: E402
-from msmoe.evaluate.run import peak_memory  # noqa: E402
+from msmoe.evaluation.run import peak_memory  # noqa: E402
 from msmoe.families import Family  # noqa: E402
 
 D_MODEL, D_FF, NUM_BLOCKS, VOCABULARY = 768, 3072, 12, 32128
@@ -185,7 +185,7 @@ def stage_plan(folder: Path, work: Path, method: str) -> dict:
 
 
 def stage_apply(folder: Path, work: Path, method: str) -> dict:
-    from msmoe.apply import apply
+    from msmoe.compression.apply import apply
 
     started = time.perf_counter()
     apply(folder, work / f"{method}.json", work / f"out-{method}", stats=work / "stats", force=True)

@@ -23,8 +23,8 @@ from msmoe.calibration.tokenization import tokenize
 from msmoe.checkpoint import Checkpoint
 from msmoe.demo import CALIBRATION, CHECKPOINT, HELD_OUT_TEXT, TASKS
 from msmoe.families import family_of
-from msmoe.families.base import load_expert
-from msmoe.similarity import LayerView, mean_outputs, similarity
+from msmoe.families.protocol import load_expert
+from msmoe.planning.similarity import LayerView, mean_outputs, similarity
 
 TEST_EXAMPLES = 600
 CALIBRATION_TASK_RECORDS = 32

@@ -37,7 +37,7 @@ from msmoe.demo import CALIBRATION
 from msmoe.demo import TASKS as DEMO_TASKS
 from msmoe.errors import UserError
 from msmoe.files import write_whole
-from msmoe.methods import choose
+from msmoe.planning.methods import choose
 
 FORMAT = "msmoe-tasks/1"
 SPLITS = ("train", "validation", "test")

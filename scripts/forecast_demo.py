@@ -32,12 +32,12 @@ from msmoe.calibration.records import TokenRecord, choose_records, read_records
 from msmoe.calibration.tokenization import tokenize
 from msmoe.calibration.tokenizer import load_tokenizer
 from msmoe.cli.console import silence_transformers
+from msmoe.compression.layer_errors import layer_errors
 from msmoe.demo import CALIBRATION, CHECKPOINT, HELD_OUT_TEXT, TASKS
 from msmoe.files import write_whole
-from msmoe.forecast import forecast
-from msmoe.layer_errors import layer_errors
-from msmoe.parallel import in_order
-from msmoe.planning import Planner
+from msmoe.forecasting import forecast
+from msmoe.planning.planner import Planner
+from msmoe.workers import in_order
 
 METHODS = ("m-smoe-refit", "m-smoe")
 SAMPLES, TOKEN_SAMPLE, FISHER = 512, 16384, 64

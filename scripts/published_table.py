@@ -17,9 +17,9 @@ from pathlib import Path
 from scipy.stats import kendalltau
 
 from msmoe.cli.console import progress
-from msmoe.compare.run import compare
-from msmoe.compare.scoring import summarise
-from msmoe.compare.summary import Row, Summary
+from msmoe.comparison.run import compare
+from msmoe.comparison.scoring import summarise
+from msmoe.comparison.summary import Row, Summary
 from msmoe.demo import CALIBRATION, CHECKPOINT, HELD_OUT_TEXT, TASKS
 
 # Table 2 of arXiv 2310.01334: single runs; MC-SMoE's size counts non-zero entries; EM of SQuAD and HotpotQA.

@@ -16,13 +16,13 @@ import numpy as np
 
 import msmoe
 from msmoe.checkpoint import Checkpoint
+from msmoe.compression.group import Sources, merge_one
 from msmoe.demo import CALIBRATION, CHECKPOINT
-from msmoe.export import build_export
-from msmoe.factorize.measures import stable_rank
 from msmoe.families import Expert, family_of
-from msmoe.families.base import load_expert
+from msmoe.families.protocol import load_expert
+from msmoe.formats.layout import build_export
+from msmoe.lowrank.measures import stable_rank
 from msmoe.merge import merge_group
-from msmoe.merging import Sources, merge_one
 
 NUM_DRAWS = 10
 

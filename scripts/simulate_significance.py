@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from msmoe.compare.significance import Resampled, bootstrap_test, p_value, resample_means
+from msmoe.comparison.significance import Resampled, bootstrap_test, p_value, resample_means
 
 NUM_EXAMPLES, LEVEL = 400, 0.05
 SEEDS = (2, 3, 5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import compress, profile_small, random_records, save_switch, write_records
 
-from msmoe.factorize.run import factorize
+from msmoe.compression.factorize import factorize
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)

@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 import pytest
 from tiny import LAYERS
 
-from msmoe.apply import apply
-from msmoe.planning import plan as make_plan
+from msmoe.compression.apply import apply
+from msmoe.planning.planner import plan as make_plan
 from msmoe.tables import MAX_ROWS, html_table
 
 

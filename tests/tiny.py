@@ -8,10 +8,10 @@ import torch
 from safetensors import safe_open
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
-from msmoe.apply import apply
 from msmoe.calibration.profile import profile
-from msmoe.plan import Group, LayerPlan, Plan
-from msmoe.planning import plan as make_plan
+from msmoe.compression.apply import apply
+from msmoe.planning.plan import Group, LayerPlan, Plan
+from msmoe.planning.planner import plan as make_plan
 
 VOCAB = 64
 LAYERS = (

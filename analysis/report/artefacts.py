@@ -12,16 +12,16 @@ from msmoe.analysis.report.document import shorten
 from msmoe.analysis.report.evaluation_records import read_records
 
 from msmoe.calibration.stats import Stats
-from msmoe.compare.fields import Field, load_json
-from msmoe.compare.reading import FORMAT as COMPARISON
+from msmoe.comparison.fields import Field, load_json
+from msmoe.comparison.reading import FORMAT as COMPARISON
 from msmoe.errors import UserError
 
 if TYPE_CHECKING:
     from msmoe.checkpoint import Checkpoint
-    from msmoe.compare.summary import Summary as ComparisonSummary
-    from msmoe.inspect import Summary
-    from msmoe.plan import Plan
-    from msmoe.planning import Planner
+    from msmoe.comparison.summary import Summary as ComparisonSummary
+    from msmoe.families.inspection import Summary
+    from msmoe.planning.plan import Plan
+    from msmoe.planning.planner import Planner
 
 PLAN, RESULTS = "msmoe-plan/1", "msmoe-results/1"
 KINDS = "a statistics directory, a plan, a checkpoint, or the results of `msmoe compare` or `msmoe evaluate`"
@@ -44,7 +44,7 @@ class CheckpointFolder:
     @property
     def source_fingerprint(self) -> str:
         """Of the original checkpoint that it is, or was made from."""
-        from msmoe.provenance import original_fingerprint
+        from msmoe.compression.provenance import original_fingerprint
 
         return original_fingerprint(self.checkpoint)
 
@@ -70,7 +70,7 @@ class Comparison:
 
     @cached_property
     def summary(self) -> "ComparisonSummary":
-        from msmoe.compare.scoring import summarise
+        from msmoe.comparison.scoring import summarise
 
         return summarise(self.content)
 
@@ -133,7 +133,7 @@ class Artefacts:
         """Access to the weights behind the statistics; needs the original checkpoint and statistics."""
         if self.original is None or self.calibration is None:
             return None
-        from msmoe.planning import Planner
+        from msmoe.planning.planner import Planner
 
         return Planner(self.original.checkpoint, self.calibration)
 
@@ -208,8 +208,8 @@ def open_artefact(item: object) -> Item:
         return read_results(item, "results")
     if isinstance(item, str | Path):
         return open_path(Path(item))
-    from msmoe.evaluate.results import TaskResult
-    from msmoe.plan import Plan
+    from msmoe.evaluation.results import TaskResult
+    from msmoe.planning.plan import Plan
 
     if isinstance(item, Plan):
         return LabelledPlan(item.method, item)
@@ -235,7 +235,7 @@ def open_path(path: Path) -> Item:
     except UserError as error:
         raise UserError(f"{error}; a report takes {KINDS}") from error
     if isinstance(content, dict) and content.get("format") == PLAN:
-        from msmoe.plan import Plan
+        from msmoe.planning.plan import Plan
 
         return LabelledPlan(label, Plan.load(path))
     if path.name == "results.json":
@@ -246,9 +246,9 @@ def open_path(path: Path) -> Item:
 def open_checkpoint(path: Path, label: str) -> CheckpointFolder:
     """A checkpoint folder; one with a provenance file is a compressed or fine-tuned one."""
     from msmoe.checkpoint import Checkpoint
-    from msmoe.inspect import inspect
-    from msmoe.plan import Plan
-    from msmoe.provenance import read_provenance
+    from msmoe.compression.provenance import read_provenance
+    from msmoe.families.inspection import inspect
+    from msmoe.planning.plan import Plan
 
     checkpoint = Checkpoint(path)
     plan = path / "plan.json"

@@ -1,6 +1,6 @@
 """Records of `msmoe evaluate`, checked before chapters read them."""
 
-from msmoe.compare.fields import Field
+from msmoe.comparison.fields import Field
 from msmoe.errors import UserError
 
 

@@ -12,7 +12,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from msmoe.calibration.stats import Stats
-from msmoe.usage import effective_experts
+from msmoe.calibration.usage import effective_experts
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 SHADES = "·░▒▓█"

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from msmoe.calibration.batches import IGNORE, batch_indices, collate, record_key
 from msmoe.calibration.records import TokenRecord
-from msmoe.calibration.sample import token_keys
 from msmoe.calibration.stats import LayerStats
 from msmoe.calibration.tokenizer import special_tokens
 from msmoe.families import Family
+from msmoe.layer.tokens import token_keys
 
 
 def output_gradients(

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from msmoe.calibration.sample import TokenSample, sample_mask, token_keys
 from msmoe.calibration.stats import LayerStats, sort_rows
 from msmoe.families import Family, Routing
+from msmoe.layer.tokens import TokenSample, sample_mask, token_keys
 
 
 class LayerRecorder:

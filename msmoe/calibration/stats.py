@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from msmoe.calibration.records import OTHER
-from msmoe.calibration.sample import TokenSample
 from msmoe.calibration.stored import DOMAINS, FORMAT, StoredLayer, read_statistics
 from msmoe.errors import UserError, warn
+from msmoe.layer.tokens import TokenSample
 from msmoe.places import STATISTICS
 from msmoe.tables import html_table
 

@@ -68,7 +68,7 @@ def load_tokenizer(path: str | Path) -> Any:
         check_file(file)
     from transformers import AutoTokenizer
 
-    from msmoe.registration import register
+    from msmoe.formats.registration import register
 
     register()  # a compressed checkpoint's configuration is then known without its own code
     with tokenizer_errors(f"the tokenizer of {path} cannot be loaded"):

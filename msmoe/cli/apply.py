@@ -40,7 +40,7 @@ def command(
     \b
     Example: msmoe apply switch-base-8 --plan plan.json --stats stats --out switch-small
     """
-    from msmoe.apply import apply
+    from msmoe.compression.apply import apply
 
     with progress("merging") as update:
         report = apply(
@@ -72,7 +72,7 @@ def print_report(report, *, as_json: bool) -> None:
             }
         )
         return
-    from msmoe.layer_errors import refit_errors
+    from msmoe.compression.layer_errors import refit_errors
 
     out, costs = console(), report.routing_costs
     dropped_now = "dropped as planned" if costs else "dropped now"  # a reduced router may drop others

@@ -90,9 +90,9 @@ def command(
     An interrupted run goes on with --resume; --resume with more methods, sizes or seeds does what is new.
     """
     from msmoe.analysis.compare import write_all
-    from msmoe.compare.run import compare
-    from msmoe.compare.settings import REFERENCES
-    from msmoe.methods import METHODS
+    from msmoe.comparison.run import compare
+    from msmoe.comparison.settings import REFERENCES
+    from msmoe.planning.methods import METHODS
 
     every = [name for name in METHODS if name not in REFERENCES]
     names = [n for given in split(methods, str, "--methods") for n in (every if given == "all" else [given])]
@@ -143,8 +143,8 @@ def print_results(results: dict) -> None:
     """One table per size, the costs, and what to be careful about."""
     from rich.text import Text
 
-    from msmoe.compare.scoring import summarise
-    from msmoe.compare.summary import LABELS
+    from msmoe.comparison.scoring import summarise
+    from msmoe.comparison.summary import LABELS
 
     summary, out = summarise(results), console()
     columns = summary.columns()

@@ -51,12 +51,12 @@ def command(
     \b
     Example: msmoe compress switch-base-8 --data calibration.jsonl --experts 2 --out switch-small
     """
-    from msmoe.apply import apply
     from msmoe.calibration.profile import profile
     from msmoe.checkpoint import Checkpoint
+    from msmoe.compression.apply import apply
     from msmoe.families import family_of
-    from msmoe.methods import resolve
-    from msmoe.planning import check_request, plan
+    from msmoe.planning.methods import resolve
+    from msmoe.planning.planner import check_request, plan
 
     if not dry_run:
         check_place(out, CHECKPOINT, force=force, inputs=[checkpoint, data])

@@ -12,7 +12,7 @@ import click
 
 import msmoe
 from msmoe.errors import MsmoeWarning
-from msmoe.imports import when_imported
+from msmoe.formats.imports import when_imported
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -130,7 +130,7 @@ def usage_table(stats) -> "Table":
     """
     from rich.text import Text
 
-    from msmoe.usage import entropy
+    from msmoe.calibration.usage import entropy
 
     result = table("layer", "tokens", "dropped", "largest", "entropy", "unused", title="Expert usage (routed tokens)")
     result.add_column("usage of experts 0, 1, ...", justify="left", no_wrap=True)

@@ -26,7 +26,7 @@ def command(checkpoint: str, out: Path, max_shard_size: str, force: bool, resume
     read faster, and no program can hide in them.
     Example: msmoe convert google/switch-base-8 --out switch-base-8
     """
-    from msmoe.convert import convert
+    from msmoe.formats.convert import convert
 
     with progress("converting") as update:
         report = convert(

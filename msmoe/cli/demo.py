@@ -50,14 +50,14 @@ def command(
     \b
     Example: msmoe demo
     """
-    from msmoe.apply import apply
     from msmoe.calibration.profile import profile
     from msmoe.checkpoint import Checkpoint
+    from msmoe.compression.apply import apply
+    from msmoe.compression.factorize import factorize
     from msmoe.demo import CALIBRATION, CHECKPOINT
-    from msmoe.factorize.run import factorize
     from msmoe.families import family_of
-    from msmoe.planning import check_request, plan
-    from msmoe.recover.run import recover
+    from msmoe.planning.planner import check_request, plan
+    from msmoe.recovery.run import recover
     from msmoe.reporting import report as make_report
 
     if out is not None:
@@ -138,7 +138,7 @@ def command(
 
 def budget(merged: Path) -> int:
     """Bytes of a checkpoint whose experts take `EXPERT_SHARE` of what those of `merged` take."""
-    from msmoe.inspect import inspect
+    from msmoe.families.inspection import inspect
 
     summary = inspect(merged)
     experts = summary.parts["experts"][1]
@@ -161,8 +161,8 @@ def reload_elsewhere(compressed: Path, folder: Path) -> tuple[float, str]:
     from msmoe.demo import CHECKPOINT, TASKS
     from msmoe.demo import __file__ as here
     from msmoe.errors import UserError
-    from msmoe.loading import load
-    from msmoe.verify import reference_model
+    from msmoe.families.loading import load
+    from msmoe.formats.verify import reference_model
 
     raw = [read_records(file)[0] for file in sorted(TASKS.glob("*.jsonl"))]
     batch = collate(tokenize(raw, load_tokenizer(CHECKPOINT)), pad_id=0)
@@ -228,7 +228,7 @@ def results_file(checkpoint: Path, folder: Path) -> Path:
 
 def experts_of(checkpoint: Path) -> str:
     """Stored experts over all MoE layers, and the layers' own numbers."""
-    from msmoe.inspect import inspect
+    from msmoe.families.inspection import inspect
 
     counts = [layer.num_stored for layer in inspect(checkpoint).layers]
     return f"{sum(counts)} ({'+'.join(map(str, counts))})"

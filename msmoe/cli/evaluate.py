@@ -58,9 +58,9 @@ def command(
     """
     from msmoe.calibration.records import read_records
     from msmoe.device import choose_device, choose_dtype, memory_explained
-    from msmoe.evaluate.results import save_results
-    from msmoe.evaluate.run import ADVICE, evaluate, name_of
-    from msmoe.loading import load
+    from msmoe.evaluation.results import save_results
+    from msmoe.evaluation.run import ADVICE, evaluate, name_of
+    from msmoe.families.loading import load
     from msmoe.places import FILE, check_place
 
     files = expand(tasks)
@@ -103,7 +103,7 @@ def command(
 def check_names(names: list[str]) -> None:
     """Refuse an unknown metric before any model is loaded."""
     from msmoe.errors import UserError
-    from msmoe.evaluate.run import METRICS
+    from msmoe.evaluation.run import METRICS
 
     for name in names:
         if name not in METRICS:
@@ -112,7 +112,7 @@ def check_names(names: list[str]) -> None:
 
 def applicable(names: list[str], records: list) -> list[str]:
     """The metrics that a task's records allow; all of them, to be refused by name, if they allow none."""
-    from msmoe.evaluate.run import allowed_metrics
+    from msmoe.evaluation.run import allowed_metrics
 
     allowed = allowed_metrics(records)
     return [name for name in names if name in allowed] or names

@@ -65,7 +65,7 @@ def command(
     A matrix whose factors would be larger stays dense. `msmoe recover` trains the result.
     Example: msmoe factorize switch-small --stats stats --rank 32 --keep-rows 0.10 --out switch-tiny
     """
-    from msmoe.factorize.run import factorize
+    from msmoe.compression.factorize import factorize
 
     given = {name: options[name] for name in FACTOR_NAMES if options[name] is not None}
     with progress("factorising") as update:
@@ -109,7 +109,7 @@ def rank_table(matrices: list[dict]):
     """One row per layer and matrix, experts averaged.
 
     Args:
-        matrices: entries of `msmoe.factorize.measures.MatrixReport`.
+        matrices: entries of `msmoe.lowrank.measures.MatrixReport`.
     """
     rows = table(
         "layer", "matrix", "experts", "rank", "rows", "break-even rank", "stable rank", "before merging", "energy",

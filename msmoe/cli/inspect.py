@@ -28,14 +28,14 @@ def command(
     Example: msmoe inspect switch-base-8
     """
     from msmoe.errors import UserError
-    from msmoe.inspect import inspect
+    from msmoe.families.inspection import inspect
 
     if not ranks and (rank is not None or stats or original):
         raise UserError("--rank, --stats and --original have no effect without --ranks")
     summary = inspect(checkpoint)
     matrices = None
     if ranks:
-        from msmoe.factorize.run import measure_ranks
+        from msmoe.compression.factorize import measure_ranks
 
         with progress("measuring ranks") as update:
             matrices = measure_ranks(checkpoint, stats=stats, rank=rank, original=original, progress=update)

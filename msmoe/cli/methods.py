@@ -16,7 +16,7 @@ def command(as_json: bool) -> None:
     \b
     Example: msmoe methods
     """
-    from msmoe.methods import CHOICES, METHODS, STATISTICS
+    from msmoe.planning.methods import CHOICES, METHODS, STATISTICS
 
     if as_json:
         print_json(

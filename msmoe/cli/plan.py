@@ -48,7 +48,7 @@ def command(
     """
     from msmoe.errors import UserError
     from msmoe.places import FILE, check_place
-    from msmoe.planning import plan
+    from msmoe.planning.planner import plan
 
     if out is None and not dry_run:
         raise UserError("give --out PLAN.json, or --dry-run to see the plan only")

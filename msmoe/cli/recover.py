@@ -77,7 +77,7 @@ def command(
     The run's state, metrics.jsonl and TensorBoard events are in OUT.training.
     Example: msmoe recover switch-small --teacher switch-base-8 --data train.jsonl --steps 500 --out switch-recovered
     """
-    from msmoe.recover.run import recover
+    from msmoe.recovery.run import recover
 
     if steps is None and epochs is None:
         epochs = 3

@@ -7,7 +7,7 @@ import torch
 
 from msmoe.calibration.profile import load_tokenizer
 from msmoe.calibration.records import read_records
-from msmoe.loading import load
+from msmoe.families.loading import load
 
 NEW_TOKENS = 16
 

@@ -2,7 +2,7 @@
 
 from msmoe.checkpoint.reader import Checkpoint
 from msmoe.errors import UserError
-from msmoe.families.base import Expert, ExpertKeys, Family, MoELayer, Routing
+from msmoe.families.protocol import Expert, ExpertKeys, Family, MoELayer, Routing
 from msmoe.families.switch import SwitchFamily
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (SwitchFamily(),)}

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from msmoe.checkpoint.reader import FLOATS, Checkpoint, wider
 from msmoe.errors import UserError
-from msmoe.factorize.shapes import FactorShape
-from msmoe.families.base import MATRICES, ExpertKeys, FactorKeys, MoELayer, Routing
+from msmoe.families.protocol import MATRICES, ExpertKeys, FactorKeys, MoELayer, Routing
 from msmoe.families.switch_checks import HOW_TO_LOAD, check_config, check_maps, check_shapes
+from msmoe.lowrank.shapes import FactorShape
 
 if TYPE_CHECKING:
     import torch
@@ -182,11 +182,11 @@ class SwitchFamily:
         }
 
     def code_files(self) -> tuple[Path, ...]:
-        folder = Path(__file__).parent.parent / "modeling"
+        folder = Path(__file__).parent.parent / "formats" / "modeling"
         return folder / "configuration_msmoe.py", folder / "modeling_msmoe.py"
 
     def load_model(self, path: Path, *, dtype: torch.dtype) -> Any:
-        from msmoe.loading import load
+        from msmoe.families.loading import load
 
         return load(path, dtype=dtype)
 

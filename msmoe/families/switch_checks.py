@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from msmoe.checkpoint.reader import Checkpoint
 from msmoe.errors import UserError
-from msmoe.families.base import MATRICES
+from msmoe.families.protocol import MATRICES
 from msmoe.strict_json import shown
 
 if TYPE_CHECKING:
-    from msmoe.families.base import Family
+    from msmoe.families.protocol import Family
 
 POSITIVE = {
     "vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_decoder_layers": 12,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from msmoe.align import Alignment, Match, canonical_scale, match
 from msmoe.families import Expert
+from msmoe.merge.align import Alignment, Match, canonical_scale, match
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from msmoe.align import match_weights
 from msmoe.families import Expert
+from msmoe.merge.align import match_weights
 
 TOLERANCE = 1e-9  # relative to |W_i| |sum of the others|, which bounds the gain
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pytest
-from compare.synthetic import comparison
+from comparison.synthetic import comparison
 from markdown_it import MarkdownIt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
@@ -28,8 +28,8 @@ from msmoe.analysis.comparison_tables import (
 )
 from msmoe.analysis.cost_tables import cost_markdown
 
-from msmoe.compare.scoring import summarise
-from msmoe.compare.summary import LABELS, Score, Summary
+from msmoe.comparison.scoring import summarise
+from msmoe.comparison.summary import LABELS, Score, Summary
 from msmoe.errors import UserError
 
 HOSTILE = ("a|b_c%d&e", "*bold* `code` [link](x)", "$m$ {y} <z>", "back\\slash ~^#", "[first]", "two\nlines")

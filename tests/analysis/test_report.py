@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from compare.synthetic import comparison
+from comparison.synthetic import comparison
 from msmoe.analysis.report import report
 from msmoe.analysis.report.artefacts import gather
 from msmoe.analysis.report.charts import short_names, to_spec
@@ -25,10 +25,10 @@ from tiny import compress, profile_small, random_records, save_switch, write_rec
 
 import msmoe
 from msmoe.calibration.stats import Stats
+from msmoe.calibration.usage import effective_experts, entropy, gini, imbalance, layer_frame
 from msmoe.errors import UserError
-from msmoe.plan import Plan
-from msmoe.planning import plan as make_plan
-from msmoe.usage import effective_experts, entropy, gini, imbalance, layer_frame
+from msmoe.planning.plan import Plan
+from msmoe.planning.planner import plan as make_plan
 
 HOSTILE = {
     "script": "</script><script>window.hacked = 1</script>",

@@ -11,7 +11,7 @@ from tiny import profile_small, save_switch, write_records
 
 from msmoe.calibration.profile import profile
 from msmoe.calibration.stats import Stats
-from msmoe.compare.run import FORMAT
+from msmoe.comparison.run import FORMAT
 from msmoe.demo import CALIBRATION, CHECKPOINT
 
 RESULTS = CHECKPOINT.parents[2] / "analysis" / "results" / "demo" / "results.json"
@@ -36,8 +36,8 @@ def browser():
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
     """A page of the demo checkpoint: statistics, plan, merged checkpoint and the kept comparison."""
-    from msmoe.apply import apply
-    from msmoe.planning import plan
+    from msmoe.compression.apply import apply
+    from msmoe.planning.planner import plan
 
     out = tmp_path_factory.mktemp("page")
     stats = profile(CHECKPOINT, CALIBRATION, samples=128, token_sample=2048, fisher=16)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import vl_convert
-from compare.synthetic import comparison
+from comparison.synthetic import comparison
 from msmoe.analysis.report.artefacts import Artefacts, Comparison, Evaluation, gather
 from msmoe.analysis.report.charts import to_spec
 from msmoe.analysis.report.document import Column, Document, Figure, Note, Section, Table
@@ -19,8 +19,8 @@ from msmoe.analysis.report.sections.comparison.runs import Mean, run_frame
 from msmoe.analysis.report.sections.comparison.settings import setting_frame
 from msmoe.analysis.report.sections.comparison.tasks import colour_limit, layer_figure, layer_frame, task_frame
 
-from msmoe.compare.scoring import summarise
-from msmoe.compare.summary import Summary, Task
+from msmoe.comparison.scoring import summarise
+from msmoe.comparison.summary import Summary, Task
 from msmoe.errors import UserError
 
 HOSTILE = (

@@ -25,10 +25,10 @@ from msmoe.analysis.report.sections.cost.data import (
 from safetensors.torch import save_file
 from tiny import LAYERS, compress, load_tensors, profile_small, random_records, size_of, write_records
 
+from msmoe.compression.layer_errors import layer_errors, refit_errors
+from msmoe.compression.provenance import read_provenance
 from msmoe.errors import UserError
-from msmoe.inspect import LayerSummary
-from msmoe.layer_errors import layer_errors, refit_errors
-from msmoe.provenance import read_provenance
+from msmoe.families.inspection import LayerSummary
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'\u202eevil"
 

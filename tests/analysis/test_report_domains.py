@@ -18,7 +18,7 @@ from scipy.spatial.distance import jensenshannon
 from tiny import LAYERS, layer_plan
 
 from msmoe.calibration.stats import Stats
-from msmoe.plan import Group, LayerPlan, Plan
+from msmoe.planning.plan import Group, LayerPlan, Plan
 
 # Six experts. x and y share none of them but expert 0, which is x's to 95 / 96: 95 % of x's tokens, 1 % of y's.
 COUNTS = {"x": [95, 5, 0, 0, 0, 0], "y": [10, 0, 490, 500, 0, 0]}

@@ -29,13 +29,13 @@ from msmoe.analysis.report.sections.forecast.data import (
 )
 from tiny import LAYERS, compress
 
-from msmoe.apply import apply
 from msmoe.checkpoint import Checkpoint
+from msmoe.compression.apply import apply
 from msmoe.demo import CHECKPOINT as DEMO
 from msmoe.families import ExpertKeys, MoELayer
-from msmoe.forecast import Forecast, LayerForecast, forecast
-from msmoe.inspect import inspect
-from msmoe.planning import plan as make_plan
+from msmoe.families.inspection import inspect
+from msmoe.forecasting import Forecast, LayerForecast, forecast
+from msmoe.planning.planner import plan as make_plan
 
 HOSTILE = '<b onclick="x">\u202e\'"'
 

@@ -19,7 +19,7 @@ from msmoe.analysis.report.sections.plan.frames import (
 from tiny import LAYERS, layer_plan, plan_for
 
 from msmoe.checkpoint import Checkpoint
-from msmoe.plan import Group, LayerPlan, Plan
+from msmoe.planning.plan import Group, LayerPlan, Plan
 
 HOSTILE = '</script><b onload="x">\u202e' + 1000 * "y"
 LAYER = LayerPlan(5, (Group(2, (0, 2), (0.25, 0.75)), Group(1, (1, 4), (1.0, 0.0))), removed=(3,))

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from compare.synthetic import comparison
+from comparison.synthetic import comparison
 from msmoe.analysis.report import artefacts
 from msmoe.analysis.report.artefacts import gather
 from msmoe.analysis.report.build import report
@@ -13,8 +13,8 @@ from msmoe.analysis.report.sections.glance import section
 from msmoe.analysis.report.sections.quality import lead, quality_frame
 
 from msmoe.errors import UserError
-from msmoe.evaluate.results import FORMAT as RESULTS_FORMAT
-from msmoe.plan import FORMAT as PLAN_FORMAT
+from msmoe.evaluation.results import FORMAT as RESULTS_FORMAT
+from msmoe.planning.plan import FORMAT as PLAN_FORMAT
 
 
 def record(checkpoint, task, value, num_bytes, *, metric="exact_match") -> dict:
@@ -122,7 +122,8 @@ for name, folder in (("msmoe", root / "msmoe"), ("msmoe.analysis", root / "analy
     sys.modules[name].__path__ = [str(folder)]
 from msmoe.analysis.report import report
 report(sys.argv[2]).save(sys.argv[3])
-heavy = ("msmoe.planning", "msmoe.similarity", "msmoe.layer_errors", "msmoe.plan", "sklearn", "transformers")
+heavy = ["msmoe." + name for name in ("planning.planner", "planning.similarity", "planning.plan", "compression.layer_errors")]
+heavy += ["sklearn", "transformers"]
 print([name for name in heavy if name in sys.modules])
 """
 

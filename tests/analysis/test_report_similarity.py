@@ -19,7 +19,7 @@ from scipy.spatial.distance import squareform
 from tiny import LAYERS, layer_plan, plan_for
 
 from msmoe.checkpoint import Checkpoint
-from msmoe.similarity import similarity
+from msmoe.planning.similarity import similarity
 
 HOSTILE = '</script><b onload="x">\u202e\n' + 1000 * "y"
 MATRIX = np.array([[1, 0.9, 0.2], [0.9, 1, 0.4], [0.2, 0.4, 1]])

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny import profile_small, save_switch, write_records
 
-from msmoe.calibration.sample import TokenSample
 from msmoe.calibration.stats import LayerStats, Stats, sort_rows
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
+from msmoe.layer.tokens import TokenSample
 
 SUMS = ("gate_mass", "soft_mass", "router_logits_gram", "input_sum", "input_abs_sum", "input_square_sum")
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.numpy import load_file, save_file
 from tiny import LAYERS
 
-from msmoe.apply import apply
 from msmoe.calibration.stats import Stats
+from msmoe.compression.apply import apply
 from msmoe.errors import MsmoeWarning, UserError
-from msmoe.plan import Plan
-from msmoe.planning import plan as make_plan
+from msmoe.planning.plan import Plan
+from msmoe.planning.planner import plan as make_plan
 
 LAYER = LAYERS[0]
 
@@ -160,7 +160,7 @@ def test_statistics_are_read_described_and_digested_without_torch(folder):
     code = f"""
 import sys
 from msmoe.calibration.stats import Stats
-from msmoe.usage import layer_frame
+from msmoe.calibration.usage import layer_frame
 stats = Stats.load({str(folder)!r})
 stats.describe(), stats.to_frame(), stats.domain_frame(), layer_frame(stats), stats.digest, stats.covers
 assert "torch" not in sys.modules

@@ -12,7 +12,7 @@ from msmoe.calibration.stats import Stats
 from msmoe.checkpoint import Checkpoint
 from msmoe.demo import CHECKPOINT
 from msmoe.errors import UserError
-from msmoe.planning import plan
+from msmoe.planning.planner import plan
 
 
 def assert_equal(a: Stats, b: Stats) -> None:

@@ -13,9 +13,9 @@ from tiny import LAYERS, build_switch, load_tensors, logits_of, random_records, 
 
 import msmoe
 from msmoe.checkpoint import Checkpoint
-from msmoe.convert import convert
 from msmoe.errors import UserError
-from msmoe.loading import load
+from msmoe.families.loading import load
+from msmoe.formats.convert import convert
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from tiny import logits_of, random_records, save_switch
 import msmoe
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
-from msmoe.loading import load
+from msmoe.families.loading import load
 
 
 @pytest.fixture

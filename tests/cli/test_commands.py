@@ -19,8 +19,8 @@ from msmoe.checkpoint import Checkpoint
 from msmoe.cli import COMMANDS, app, main
 from msmoe.demo import CALIBRATION, CHECKPOINT
 from msmoe.errors import UserError
-from msmoe.loading import load
-from msmoe.planning import plan as make_plan
+from msmoe.families.loading import load
+from msmoe.planning.planner import plan as make_plan
 
 MSMOE = Path(sys.executable).with_name("msmoe")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -64,8 +64,8 @@ def test_everything_can_be_made_again_from_the_results_alone(demo_run, tmp_path)
 def test_the_answers_of_the_full_model_are_those_of_evaluate(demo_run):
     """The same examples, right or wrong one by one."""
     from msmoe.calibration.profile import load_tokenizer
-    from msmoe.evaluate.run import evaluate
-    from msmoe.loading import load
+    from msmoe.evaluation.run import evaluate
+    from msmoe.families.loading import load
 
     results = json.loads((demo_run[1] / "results.json").read_text())
     full = next(cell for cell in results["cells"] if cell["method"] == "full")

@@ -129,7 +129,7 @@ def test_a_folder_of_tasks_of_several_formats_is_evaluated_file_by_file(run, swi
 
 
 def test_a_loss_that_is_not_finite_writes_no_results(run, switch, records, tmp_path):
-    from msmoe.loading import load
+    from msmoe.families.loading import load
 
     model = load(switch)
     model.decoder.final_layer_norm.weight.data.fill_(3e38)

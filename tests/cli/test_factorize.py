@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from tiny import LAYERS, load_tensors, profile_small, save_switch, size_of, weight_files, write_records
 
 from msmoe.cli import main
-from msmoe.factorize.run import factorize
-from msmoe.planning import plan as make_plan
+from msmoe.compression.factorize import factorize
+from msmoe.planning.planner import plan as make_plan
 
 
 @pytest.fixture

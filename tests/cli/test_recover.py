@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from tiny import layer_plan, load_tensors, plan_for, random_records, save_switch, write_records
 from transformers import T5Config, T5ForConditionalGeneration
 
-from msmoe.apply import apply
 from msmoe.checkpoint import Checkpoint
 from msmoe.cli import main
-from msmoe.factorize.run import factorize
-from msmoe.loading import load
+from msmoe.compression.apply import apply
+from msmoe.compression.factorize import factorize
+from msmoe.families.loading import load
 
 SMALL = {
     "num_layers": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,

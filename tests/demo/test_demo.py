@@ -15,9 +15,9 @@ from torch import nn
 
 from msmoe.calibration.profile import profile
 from msmoe.demo import CALIBRATION, CHECKPOINT, HELD_OUT_TEXT, TASKS
-from msmoe.evaluate.run import evaluate
-from msmoe.inspect import inspect
-from msmoe.loading import load
+from msmoe.evaluation.run import evaluate
+from msmoe.families.inspection import inspect
+from msmoe.families.loading import load
 
 FILES = sorted(TASKS.glob("*.jsonl"))
 NUM_TEXTS = 80

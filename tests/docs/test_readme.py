@@ -27,7 +27,7 @@ from documents import (
 )
 from tiny import LAYERS, save_switch, size_of, weight_files
 
-from msmoe.loading import load
+from msmoe.families.loading import load
 
 MSMOE = Path(sys.executable).with_name("msmoe")
 NUM_EXPERTS, D_FF = 12, 64  # of wide experts: half of the bytes can be had

@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer, Seq2SeqTrainingA
 
 from msmoe.calibration.profile import profile
 from msmoe.demo import CALIBRATION, CHECKPOINT, TASKS
-from msmoe.loading import load
+from msmoe.families.loading import load
 
 NEEDS_PEFT = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="peft is not installed")
 NEEDS_LM_EVAL = pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="lm_eval is not installed")

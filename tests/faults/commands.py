@@ -8,15 +8,15 @@ from msmoe.analysis.compare import write_all
 from msmoe.analysis.report import report
 from tiny import profile_small, random_records, save_switch, write_records
 
-from msmoe.apply import apply
-from msmoe.compare.run import compare
-from msmoe.evaluate.results import save_results
-from msmoe.evaluate.run import evaluate
-from msmoe.factorize.run import factorize
-from msmoe.loading import load
-from msmoe.plan import Plan
-from msmoe.planning import plan as make_plan
-from msmoe.recover.run import recover
+from msmoe.comparison.run import compare
+from msmoe.compression.apply import apply
+from msmoe.compression.factorize import factorize
+from msmoe.evaluation.results import save_results
+from msmoe.evaluation.run import evaluate
+from msmoe.families.loading import load
+from msmoe.planning.plan import Plan
+from msmoe.planning.planner import plan as make_plan
+from msmoe.recovery.run import recover
 
 MEASURED = ("seconds", "evaluate_seconds", "peak_memory_bytes")  # differ from run to run
 

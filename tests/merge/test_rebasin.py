@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msmoe.align import match_weights
 from msmoe.families import Expert
+from msmoe.merge.align import match_weights
 from msmoe.merge.rebasin import match_many, objective
 
 

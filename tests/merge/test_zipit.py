@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msmoe.align import match_activations
 from msmoe.families import Expert
 from msmoe.merge import zipit
+from msmoe.merge.align import match_activations
 from msmoe.merge.zipit import assemble, join_most_similar, similarities, zip_experts
 
 F, D = 12, 6

@@ -1,7 +1,7 @@
 """The published table beside ours: which figures stand where, and what is said of the order of the methods."""
 
 import pytest
-from compare.synthetic import comparison
+from comparison.synthetic import comparison
 from published_table import (
     ABLATIONS,
     PUBLISHED,
@@ -13,8 +13,8 @@ from published_table import (
     published_mean,
 )
 
-from msmoe.compare.scoring import summarise
-from msmoe.methods import resolve, variant
+from msmoe.comparison.scoring import summarise
+from msmoe.planning.methods import resolve, variant
 
 BEST_FIRST = sorted(ROWS, key=published_mean, reverse=True)
 

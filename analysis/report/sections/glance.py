@@ -9,8 +9,8 @@ from msmoe.analysis.report.artefacts import Artefacts, CheckpointFolder
 from msmoe.analysis.report.charts import BLUE, GREEN, GREY
 from msmoe.analysis.report.document import Block, Fact, Facts, Figure, Note, Section
 
+from msmoe.calibration.usage import layer_frame
 from msmoe.units import human_bytes
-from msmoe.usage import layer_frame
 
 SHARES = {"half": Fraction(1, 2), "a quarter": Fraction(1, 4), "an eighth": Fraction(1, 8)}
 KINDS = {"original": GREY, "predicted": BLUE, "written": GREEN}
@@ -83,7 +83,7 @@ def size_frame(artefacts: Artefacts) -> pd.DataFrame:
     """Checkpoints in bytes: the original, what merging would leave of it, and those that were written."""
     rows = []
     if (original := artefacts.original) is not None:
-        from msmoe.planning import merged_size
+        from msmoe.planning.planner import merged_size
 
         rows.append({"what": "original", "kind": "original", "bytes": original.summary.num_bytes})
         for label, share in SHARES.items():

@@ -16,8 +16,8 @@ from msmoe.analysis.report.sections.comparison.evaluations import (
 )
 from msmoe.analysis.report.sections.comparison.looks import controls
 
-from msmoe.compare.summary import FULL, Row, Size
-from msmoe.compare.summary import Column as Measure
+from msmoe.comparison.summary import FULL, Row, Size
+from msmoe.comparison.summary import Column as Measure
 from msmoe.units import human_bytes
 
 MAX_TASKS = 8  # columns of the table

@@ -10,7 +10,7 @@ from msmoe.analysis.report.charts import BLUE, GREY, ORANGE, SEQUENTIAL, choice,
 from msmoe.analysis.report.document import Column, Figure, Note, Section, Table
 
 from msmoe.calibration.stats import Stats
-from msmoe.usage import COLD, layer_frame
+from msmoe.calibration.usage import COLD, layer_frame
 
 MEASURES = {
     "routed": "routed tokens",
@@ -136,7 +136,7 @@ def kept_counts(stats: Stats) -> dict[str, list[int]]:
     Layers that `msmoe plan` leaves alone by default keep all of theirs.
     """
     from msmoe.families import FAMILIES, MoELayer
-    from msmoe.grouping import group_counts
+    from msmoe.planning.grouping import group_counts
 
     family = FAMILIES.get(stats.checkpoint.get("model_type", ""))
     layers = tuple(

@@ -12,8 +12,8 @@ from msmoe.analysis.report.sections.comparison.pareto import pareto_figure
 from msmoe.analysis.report.sections.comparison.runs import run_blocks
 from msmoe.analysis.report.sections.comparison.tasks import layer_figure, task_figure
 
-from msmoe.compare.summary import FULL, MISSING, SAME_AS_BEST, SAME_AS_FULL, Row, Size, Summary
-from msmoe.compare.summary import Column as Measure
+from msmoe.comparison.summary import FULL, MISSING, SAME_AS_BEST, SAME_AS_FULL, Row, Size, Summary
+from msmoe.comparison.summary import Column as Measure
 
 MAX_COMPARISONS = 4  # that are shown
 MAX_WARNINGS = 8

@@ -6,7 +6,7 @@ import altair as alt
 from msmoe.analysis.report.charts import BLUE, GREEN, GREY, PINK, SKY, YELLOW, choice
 from msmoe.analysis.report.document import distinct, shorten
 
-from msmoe.compare.summary import Row, Summary
+from msmoe.comparison.summary import Row, Summary
 
 MAX_METHODS = 40  # in a chart, the best ones
 MAX_NAME = 28  # characters

@@ -12,7 +12,7 @@ from msmoe.analysis.report.charts import GREY, ORANGE
 from msmoe.analysis.report.document import Figure
 from msmoe.analysis.report.sections.comparison.looks import controls, kind_of, kind_scales, short_texts, steps_control
 
-from msmoe.compare.summary import Row, Summary, count
+from msmoe.comparison.summary import Row, Summary, count
 from msmoe.units import human_bytes
 
 Channel = Callable[[str], Any]  # field -> its channel on a shared axis

@@ -12,9 +12,9 @@ from msmoe.analysis.report.document import Block, Column, Figure, Note, Table, s
 from msmoe.analysis.report.sections.comparison.looks import MAX_METHODS, controls, short_texts
 from msmoe.analysis.report.sections.comparison.settings import Labels, only_in_one, setting_frame, setting_table
 
-from msmoe.compare.reading import read
-from msmoe.compare.scoring import resample
-from msmoe.compare.summary import Summary, Task, count
+from msmoe.comparison.reading import read
+from msmoe.comparison.scoring import resample
+from msmoe.comparison.summary import Summary, Task, count
 from msmoe.units import human_bytes
 
 ROW = 22  # pixels

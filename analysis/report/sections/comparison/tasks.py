@@ -17,7 +17,7 @@ from msmoe.analysis.report.sections.comparison.looks import (
     steps_control,
 )
 
-from msmoe.compare.summary import ALPHA, FULL, SAME_AS_FULL, Column, Score, Summary
+from msmoe.comparison.summary import ALPHA, FULL, SAME_AS_FULL, Column, Score, Summary
 
 ROW, CELL = 19, 17  # pixels: of a method in the dots, in the map
 SAME, UNLIKE, UNTESTED = f"{SAME_AS_FULL} not distinguishable", "different", "not tested"

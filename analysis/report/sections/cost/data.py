@@ -11,9 +11,9 @@ from msmoe.analysis.report.charts import short_names
 from msmoe.analysis.report.document import distinct
 
 from msmoe.calibration.stats import Stats
+from msmoe.compression.layer_errors import LayerError, layer_errors, made_from, refit_errors
 from msmoe.errors import UserError
-from msmoe.inspect import INDICES, LayerSummary
-from msmoe.layer_errors import LayerError, layer_errors, made_from, refit_errors
+from msmoe.families.inspection import INDICES, LayerSummary
 
 MAX_CHECKPOINTS = 7  # drawn and measured: as many as there are colours
 RANK_SECONDS = 1.5  # of one core: where stable ranks would take longer, they are left out

@@ -34,7 +34,7 @@ from msmoe.analysis.report.sections.domains.usage import (
 from msmoe.analysis.report.sections.usage import expert_frame, kept_counts
 
 from msmoe.calibration.stats import Stats
-from msmoe.usage import effective_experts
+from msmoe.calibration.usage import effective_experts
 
 FEW = 20  # tokens per expert, under which usage is noisy
 HOW = (

@@ -15,7 +15,7 @@ from msmoe.analysis.report.document import distinct
 from msmoe.calibration.stats import Stats
 
 if TYPE_CHECKING:
-    from msmoe.plan import Plan
+    from msmoe.planning.plan import Plan
 
 MAX_NAME = 28  # characters
 MAX_PAIRED = 24  # domains between which distances are measured: the largest

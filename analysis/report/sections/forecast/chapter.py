@@ -29,8 +29,8 @@ from msmoe.analysis.report.sections.forecast.data import (
 from msmoe.checkpoint import Checkpoint
 from msmoe.demo import CHECKPOINT as DEMO
 from msmoe.errors import UserError
-from msmoe.forecast import Forecast
-from msmoe.planning import Planner
+from msmoe.forecasting import Forecast
+from msmoe.planning.planner import Planner
 
 LEAD_TOLERANCE = 0.05
 NOTHING = "The only MoE layer is kept as it is by default: there is nothing to forecast."

@@ -7,7 +7,7 @@ from msmoe.analysis.report.charts import BLUE, COLOURS, GREY, ORANGE, choice, sl
 from msmoe.analysis.report.document import ERROR_MEANING, Column, Figure, Table
 from msmoe.analysis.report.sections.forecast.data import WHOLE, has_divergence
 
-from msmoe.forecast import Forecast
+from msmoe.forecasting import Forecast
 
 HEIGHT = 320  # pixels
 TOLERANCES = (0.01, 0.05, 0.1, 0.2)

@@ -15,13 +15,13 @@ from msmoe.analysis.report.sections.cost.data import MAX_NAME
 from scipy.stats import pearsonr, spearmanr
 
 from msmoe.calibration.stats import Stats
-from msmoe.compare.summary import FULL
+from msmoe.comparison.summary import FULL
 from msmoe.errors import UserError
 from msmoe.families import MoELayer
-from msmoe.forecast import Forecast, default_sizes, forecast
-from msmoe.methods import METHODS, REROUTING, check_statistics, resolve, variant
-from msmoe.plan import Plan
-from msmoe.planning import Planner, predict, sketch
+from msmoe.forecasting import Forecast, default_sizes, forecast
+from msmoe.planning.methods import METHODS, REROUTING, check_statistics, resolve, variant
+from msmoe.planning.plan import Plan
+from msmoe.planning.planner import Planner, predict, sketch
 
 WHOLE = "whole model"
 DEFAULT_METHOD = "m-smoe-refit"
@@ -130,7 +130,7 @@ def make_forecast(scope: Scope, planner: Planner, say: Callable[[str], None]) ->
     """Forecast within a scope.
 
     Raises:
-        UserError: as `msmoe.forecast.forecast`.
+        UserError: as `msmoe.forecasting.forecast`.
     """
     kept = [layer.name for layer in planner.layers if layer.name not in scope.layers]
     return forecast(

@@ -18,9 +18,9 @@ from msmoe.analysis.report.sections.plan.frames import (
     usage_of,
 )
 
-from msmoe.layer_errors import covered
-from msmoe.methods import METHODS, factor_options
-from msmoe.plan import Plan
+from msmoe.compression.layer_errors import covered
+from msmoe.planning.methods import METHODS, factor_options
+from msmoe.planning.plan import Plan
 from msmoe.units import human_bytes
 
 BAR = 20  # pixels

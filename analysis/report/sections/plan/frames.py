@@ -9,7 +9,7 @@ from msmoe.analysis.report.charts import short_names
 from msmoe.analysis.report.document import shorten
 from sklearn.metrics import adjusted_rand_score
 
-from msmoe.plan import Group, LayerPlan, Plan
+from msmoe.planning.plan import Group, LayerPlan, Plan
 
 MEMBERS = 8  # of a group that are named in the table
 DOMINANT = 12  # experts of a layer that are named in a tooltip

@@ -15,8 +15,8 @@ from msmoe.errors import UserError
 
 if TYPE_CHECKING:
     from msmoe.calibration.stats import LayerStats
-    from msmoe.plan import LayerPlan
-    from msmoe.similarity import LayerView
+    from msmoe.planning.plan import LayerPlan
+    from msmoe.planning.similarity import LayerView
 
 DEFAULT = ("router-logits", "cosine")
 FROM_STATISTICS = ("router-logits", "feature", "feature.abs", "gradient", "weight-gradient")
@@ -78,8 +78,8 @@ def obstacle(base: str, metric: str, artefacts: Artefacts) -> str:
     """Why a similarity is not shown, empty if it can be."""
     if (base, metric) == DEFAULT:
         return ""
-    from msmoe.methods import CHOICES
-    from msmoe.similarity import BASES
+    from msmoe.planning.methods import CHOICES
+    from msmoe.planning.similarity import BASES
 
     if base not in BASES or metric not in CHOICES["metric"]:
         return "this version does not know it"
@@ -96,7 +96,7 @@ def obstacle(base: str, metric: str, artefacts: Artefacts) -> str:
 
 def work(base: str, original: CheckpointFolder) -> float:
     """Multiply-adds of a base over all layers, roughly."""
-    from msmoe.outputs import MAX_TOKENS
+    from msmoe.planning.outputs import MAX_TOKENS
 
     total = 0.0
     for layer in original.summary.layers:
@@ -127,7 +127,7 @@ def compute(artefacts: Artefacts, base: str, metric: str, say: Callable[[str], N
         if artefacts.planner is None and (base, metric) == DEFAULT:
             matrices[name] = logit_similarity(layer.array("router_logits_gram"))
             continue
-        from msmoe.similarity import similarity
+        from msmoe.planning.similarity import similarity
 
         view = artefacts.planner.view(name) if artefacts.planner else without_weights(layer)
         matrices[name] = np.nan_to_num(similarity(view, base=base, metric=metric).numpy())  # pyright: ignore
@@ -147,7 +147,7 @@ def logit_similarity(gram_EE: np.ndarray) -> np.ndarray:
 def without_weights(layer: "LayerStats") -> "LayerView":
     import torch
 
-    from msmoe.similarity import LayerView
+    from msmoe.planning.similarity import LayerView
 
     def expert(index: int):
         raise UserError("the weights of the experts are not there")

@@ -1,0 +1,1 @@
+"""Carry out a plan: checkpoint + plan -> compressed checkpoint, and what it cost."""

@@ -1,0 +1,1 @@
+"""How a compressed checkpoint is laid out, loaded and checked: exact, native, dense."""

@@ -1,0 +1,479 @@
+"""Plan: stats + weights + a method -> which experts of each layer are kept, and what becomes of the others.
+
+Shapes: E experts.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msmoe.calibration.stats import Stats
+from msmoe.checkpoint import Checkpoint
+from msmoe.compression.router import ROUTERS
+from msmoe.errors import UserError
+from msmoe.families import Family, MoELayer, family_of
+from msmoe.families.protocol import load_expert
+from msmoe.formats.layout import EXPORTS, build_export
+from msmoe.lowrank.choose import check_budget, check_rank, expert_bytes, fixed_shapes
+from msmoe.planning.grouping import REAM_CAPACITY, assign_to_kept, dominant_experts, group_counts, group_experts
+from msmoe.planning.methods import (
+    METHODS,
+    REROUTING,
+    Parameters,
+    check_statistics,
+    choose,
+    factor_options,
+    resolve,
+)
+from msmoe.planning.plan import Group, LayerPlan, Plan
+from msmoe.planning.progressive import progressive_subset
+from msmoe.planning.scores import score_experts, shares
+from msmoe.planning.similarity import LayerView, similarity
+from msmoe.planning.sizes import Choices, settle
+from msmoe.planning.subset import SubsetErrors, best_subset
+
+
+def plan(
+    checkpoint: str | Path,
+    stats: Stats | str | Path,
+    *,
+    method: str = "m-smoe-refit",
+    keep_layers: list[str] | None = None,
+    seed: int = 0,
+    export: str = "exact",
+    **choices,
+) -> Plan:
+    """Decide which experts of a checkpoint are kept and what becomes of the others.
+
+    Args:
+        checkpoint: checkpoint folder.
+        stats: its statistics, or their directory.
+        method: a key of `METHODS`.
+        keep_layers: layers left as they are; by default the first MoE layer of the encoder, `["none"]` for none.
+        seed: for seeded scores, groupings and similarities.
+        export: the export for which size is predicted.
+        **choices: any attribute of `Parameters`, in place of the method's default. `experts` may be a share such as
+            `"25%"`. `target_size`, such as `"500MB"` or `"50%"` of the input, takes its place: the most experts whose
+            written bytes fit are kept; a method that factorises gets the largest rank that fits.
+
+    Raises:
+        UserError: for statistics of another checkpoint or without what the method needs, an unknown name or an
+            impossible number of experts or size.
+    """
+    planner = Planner(checkpoint, stats)
+    return planner.plan(method, keep_layers=keep_layers, seed=seed, export=export, **choices)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A method with its parameters; per compressible layer, experts to keep, scores (E,) and seed."""
+
+    method: str
+    seed: int
+    parameters: Parameters
+    counts: dict[str, int]
+    scores: dict[str, Tensor]
+    seeds: dict[str, int]
+
+
+class Planner:
+    """Plans of one checkpoint and its statistics; what one method computes of a layer serves the next.
+
+    Raises:
+        UserError: for statistics of another checkpoint.
+    """
+
+    def __init__(self, checkpoint: str | Path | Checkpoint, stats: Stats | str | Path):
+        self.source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+        self.family = family_of(self.source)
+        self.stats = stats if isinstance(stats, Stats) else Stats.load(stats)
+        self.stats.check_against(self.source)
+        self.layers = self.family.layers(self.source)
+        self._views: dict[str, LayerView] = {}
+
+    def plan(
+        self,
+        method: str,
+        *,
+        keep_layers: list[str] | None = None,
+        seed: int = 0,
+        export: str = "exact",
+        **choices,
+    ) -> Plan:
+        """As `msmoe.plan`."""
+        asked = {"keep_layers": keep_layers, "seed": seed}
+        if export != "exact" and any(map(self._has_several_dtypes, self.layers)):  # then it matters which ones stay
+            predicted: Callable[[Choices], int] = lambda tried: predict(
+                self.family, self.source, self.decide(method, **asked, **tried), export=export
+            ).predicted["bytes"]
+        else:
+            predicted = lambda tried: self.predicted_bytes(method, export=export, **asked, **tried)
+        layers = self.compressible(keep_layers)
+        settled, target = settle(method, choices, layers, self.source.num_bytes, predicted)
+        decided = self.decide(method, keep_layers=keep_layers, seed=seed, **settled)
+        if target is not None:
+            decided = replace(decided, parameters=decided.parameters | {"target_size": target})
+        return predict(self.family, self.source, decided, export=export)
+
+    def decide(self, method: str, *, keep_layers: list[str] | None = None, seed: int = 0, **choices) -> Plan:
+        """The plan without the size that it will have."""
+        request = self._request(method, keep_layers, seed, choices)
+        planned, notes = {}, {}
+        for name, count in request.counts.items():
+            view = replace(self.view(name), seed=request.seeds[name])
+            planned[name], note = plan_layer(view, name, request.scores[name], count, request.parameters)
+            if note:
+                notes[name] = note
+        return self._plan(request, planned, notes)
+
+    def predicted_bytes(
+        self, method: str, *, keep_layers: list[str] | None = None, seed: int = 0, export: str = "exact", **choices
+    ) -> int:
+        """Bytes that a plan would store, from the numbers of experts alone: which ones are kept does not matter where
+        all experts of a layer have the same dtypes, or the export stacks them.
+
+        Raises:
+            UserError: as `plan`, and for factors whose sizes follow from the merged weights.
+        """
+        request = self._request(method, keep_layers, seed, choices)
+        counts = {name: (self.stats.layers[name].num_experts, count) for name, count in request.counts.items()}
+        return sketched_bytes(self.family, self.source, method, request.parameters, counts, export=export)
+
+    def _has_several_dtypes(self, layer: MoELayer) -> bool:
+        """Whether the experts of a layer differ in the dtype of a matrix."""
+        keys = [self.family.expert_keys(layer.name, e) for e in range(layer.num_experts)]
+        return any(len({self.source.spec(key).dtype for key in matrix}) > 1 for matrix in zip(*keys, strict=True))
+
+    def compressible(self, keep_layers: list[str] | None) -> list[MoELayer]:
+        """The MoE layers that are not kept as they are."""
+        kept = resolve_kept_layers(self.family, self.layers, keep_layers)
+        return [layer for layer in self.layers if layer.name not in kept]
+
+    def _request(self, method: str, keep_layers: list[str] | None, seed: int, choices: dict) -> "Request":
+        """Check what is asked for, score the experts and spread the budget."""
+        parameters = resolve(method, choices)
+        layers = self.compressible(keep_layers)
+        parameters = with_rank_that_fits(parameters, choices, layers)
+        for layer in layers:
+            check_statistics(parameters, method, self.stats.layers[layer.name])
+        seeds = {layer.name: zlib.crc32(f"{seed}/{layer.name}".encode()) for layer in layers}
+        scores = {
+            n.name: score_experts(parameters.saliency, self.stats.layers[n.name], seed=seeds[n.name]) for n in layers
+        }
+        parameters, counts = count_experts(method, layers, [shares(s) for s in scores.values()], parameters)
+        return Request(method, seed, parameters, dict(zip(scores, counts, strict=True)), scores, seeds)
+
+    def _plan(self, request: "Request", layers: dict[str, LayerPlan], notes: dict[str, str]) -> Plan:
+        kept = [layer.name for layer in self.layers if layer.name not in request.counts]
+        return Plan(
+            method=request.method,
+            parameters=asdict(request.parameters) | {"keep_layers": kept},
+            seed=request.seed,
+            checkpoint={"model_type": self.source.model_type, "fingerprint": self.source.fingerprint},
+            stats=self.stats.reference,
+            layers=layers,
+            notes=notes,
+            kept={
+                layer.name: bytes_of_experts(self.family, self.source, layer)
+                for layer in self.layers
+                if layer.name in kept
+            },
+        )
+
+    def view(self, name: str) -> LayerView:
+        """What similarities and searches may look at of a layer."""
+        if name not in self._views:
+            bias = self.family.router_bias_key(name)
+            self._views[name] = LayerView(
+                stats=self.stats.layers[name],
+                router=self.source.read_finite(self.family.router_key(name)),
+                bias=self.source.read_finite(bias)
+                if (bias := self.family.router_bias_key(name)) in self.source
+                else None,
+                expert=lambda expert: load_expert(self.family, self.source, name, expert),
+            )
+        return self._views[name]
+
+
+def check_request(
+    family: Family,
+    checkpoint: Checkpoint,
+    *,
+    method: str,
+    export: str,
+    router: str,
+    keep_layers: list[str] | None,
+    **choices,
+) -> None:
+    """Raise `UserError` for everything about a plan and its export that is wrong whatever calibration will see."""
+    choose("method", method, METHODS)
+    choose("export", export, EXPORTS)
+    choose("router", router, ROUTERS)
+    layers = family.layers(checkpoint)
+    kept = resolve_kept_layers(family, layers, keep_layers)
+    compressible = [layer for layer in layers if layer.name not in kept]
+
+    def counted(tried: Choices) -> tuple[Parameters, list[int]]:
+        found = with_rank_that_fits(resolve(method, tried), tried, compressible)
+        flat = [torch.full((layer.num_experts,), 1 / layer.num_experts) for layer in compressible]
+        return count_experts(method, compressible, flat, found)
+
+    def predicted(tried: Choices) -> int:
+        found, numbers = counted(tried)
+        stored = {n.name: (n.num_experts, count) for n, count in zip(compressible, numbers, strict=True)}
+        return sketched_bytes(family, checkpoint, method, found, stored, export=export)
+
+    settled, _ = settle(method, choices, compressible, checkpoint.num_bytes, predicted)
+    parameters, counts = counted(settled)
+    if parameters.factors is not None:
+        check_rank(parameters.factors, list(zip(compressible, counts, strict=True)))
+        if export == "dense" or (export == "native" and parameters.factors.is_budget):
+            raise UserError(f"--export {export} cannot store factors: choose exact, or native with --rank or --energy")
+        if parameters.factors.is_budget:
+            maps = 8 * sum(layer.num_experts for layer in layers)
+            dense = expert_bytes([(layer, layer.num_experts) for layer in compressible])
+            stored = list(zip(compressible, counts, strict=True))
+            check_budget(parameters.factors, stored, others=checkpoint.num_bytes - dense + maps, source=checkpoint)
+    for layer, count in zip(compressible, counts, strict=True):
+        check_capacity(parameters, layer.num_experts, count)
+    if export != "exact" and parameters.others == "mean-output":
+        raise UserError(f"--export {export} cannot store mean outputs in place of experts: choose exact")
+    if export != "exact" and (kept or parameters.budget != "uniform") and set(counts) != {1}:
+        raise UserError(f"--export {export} needs --budget uniform --keep-layer none")
+
+
+def predict(family: Family, checkpoint: Checkpoint, plan: Plan, *, export: str) -> Plan:
+    """The plan with the parameters and bytes that `apply` will write for an export."""
+    options, factors = factor_options(plan.parameters), None
+    if options is not None:
+        if export == "dense":
+            raise UserError("--export dense cannot store factors: choose exact, or native with --rank or --energy")
+        layers = [(n, len(plan.layers[n.name].groups)) for n in family.layers(checkpoint) if n.name in plan.layers]
+        check_rank(options, layers)
+        if options.is_budget:
+            if export == "native":
+                raise UserError(
+                    "--export native multiplies the factors out and saves no bytes: give --rank or --energy"
+                )
+            layout = build_export(export, family, checkpoint, plan)
+            check_budget(options, layers, others=layout.num_bytes - expert_bytes(layers), source=checkpoint)
+        if export == "exact" and options.rank is None:
+            return replace(plan, predicted={})  # known once the merged experts are decomposed
+        factors = fixed_shapes(options, layers) if export == "exact" else None
+    layout = build_export(export, family, checkpoint, plan, factors=factors)
+    return replace(plan, predicted={"num_parameters": layout.num_parameters, "bytes": layout.num_bytes})
+
+
+def sketch(num_experts: int, count: int, *, removes: bool) -> LayerPlan:
+    """Some plan of a layer that keeps `count` experts, removing or merging the others: for its size only."""
+    alone, rest = range(1, count), (0, *range(count, num_experts))
+    one_hot = (1.0, *[0.0] * (len(rest) - 1))
+    first = Group(0, (0,), (1.0,)) if removes else Group(0, rest, one_hot)
+    groups = (first, *(Group(e, (e,), (1.0,)) for e in alone))
+    return LayerPlan(num_experts, groups, tuple(rest[1:]) if removes else ())
+
+
+def sketched_bytes(
+    family: Family,
+    checkpoint: Checkpoint,
+    method: str,
+    parameters: Parameters,
+    counts: dict[str, tuple[int, int]],
+    *,
+    export: str,
+) -> int:
+    """Bytes that a plan would store: which experts it keeps does not matter.
+
+    Args:
+        counts: of every layer that is not kept as it is, its number of experts and how many of them stay.
+
+    Raises:
+        UserError: for factors whose sizes follow from the merged weights.
+    """
+    removes = parameters.others in REROUTING
+    sketches = {name: sketch(before, after, removes=removes) for name, (before, after) in counts.items()}
+    source = {"model_type": checkpoint.model_type, "fingerprint": ""}
+    drawn = Plan(method, asdict(parameters), 0, source, {}, sketches)
+    found = predict(family, checkpoint, drawn, export=export).predicted
+    if not found:
+        raise UserError(f"the size of method {method} is known only once the merged experts are decomposed: "
+                        "give --rank")  # fmt: skip
+    return found["bytes"]
+
+
+def bytes_of_experts(family: Family, checkpoint: Checkpoint, layer: MoELayer) -> int:
+    """Bytes of the experts of a layer as they are."""
+    keys = [key for e in range(layer.num_experts) for key in family.expert_keys(layer.name, e)]
+    return sum(checkpoint.spec(key).num_bytes for key in keys)
+
+
+def merged_size(checkpoint: Checkpoint, share: float, *, keep_layers: list[str] | None = None) -> dict[str, int]:
+    """What a checkpoint would store with a share of the experts of each compressible layer, merged.
+
+    Args:
+        share: 0 to 1; a layer keeps at least one expert.
+        keep_layers: as `plan`.
+
+    Returns:
+        `num_parameters` and `bytes` of the `exact` export.
+    """
+    family = family_of(checkpoint)
+    layers = family.layers(checkpoint)
+    kept = resolve_kept_layers(family, layers, keep_layers)
+    sketches = {
+        layer.name: sketch(layer.num_experts, max(1, round(share * layer.num_experts)), removes=False)
+        for layer in layers
+        if layer.name not in kept
+    }
+    source = {"model_type": checkpoint.model_type, "fingerprint": checkpoint.fingerprint}
+    return predict(family, checkpoint, Plan("m-smoe", {}, 0, source, {}, sketches), export="exact").predicted
+
+
+def with_rank_that_fits(parameters: Parameters, choices: dict, layers: list[MoELayer]) -> Parameters:
+    """A method's own rank, where the user gave none, cut to the size of the matrices."""
+    if parameters.rank is None or choices.get("rank") is not None or not layers:
+        return parameters
+    return replace(parameters, rank=min(parameters.rank, *(min(n.d_model, n.d_ff) for n in layers)))
+
+
+def resolve_kept_layers(family: Family, layers: tuple[MoELayer, ...], names: list[str] | None) -> list[str]:
+    """Names of the layers to keep; None stands for the family's default, `none` for no layer."""
+    if names is None:
+        return list(family.default_kept_layers(layers))
+    if names == ["none"]:
+        return []
+    for name in names:
+        choose("layer in --keep-layer", name, tuple(layer.name for layer in layers))
+    return names
+
+
+def count_experts(
+    method: str, layers: list[MoELayer], scores: list[Tensor], parameters: Parameters
+) -> tuple[Parameters, list[int]]:
+    """Experts kept per layer, and the parameters with the average that a `fixed` method has.
+
+    Args:
+        scores: (E,) of each layer, as shares of their sum.
+
+    Raises:
+        UserError: if no layer is left, or the number of experts is impossible.
+    """
+    if not layers:
+        raise UserError("every MoE layer is kept: nothing to compress")
+    if METHODS[method].fixed == "all":
+        counts = [layer.num_experts for layer in layers]
+        return replace(parameters, experts=float(np.mean(counts))), counts
+    largest = min(layers, key=lambda layer: layer.num_experts)
+    if not 1 <= parameters.experts <= largest.num_experts:
+        raise UserError(
+            f"--experts must be between 1 and {largest.num_experts} (num_experts of {largest.name}), "
+            f"got {parameters.experts:g}"
+        )
+    return parameters, group_counts([s.numpy() for s in scores], parameters.experts, budget=parameters.budget)
+
+
+def check_capacity(parameters: Parameters, num_experts: int, count: int) -> None:
+    """Raise `UserError` if the groups of a layer cannot hold its experts."""
+    limits = {"dominant": parameters.group_capacity, "centroids-first": parameters.group_capacity or REAM_CAPACITY}
+    limit = limits.get(parameters.grouping) if parameters.others == "merge" else None
+    if limit is not None and count * limit < num_experts:
+        raise UserError(
+            f"{count} groups of at most {limit} cannot hold {num_experts} experts: keep {-(-num_experts // limit)} or "
+            "more, or raise --group-capacity"
+        )
+
+
+def plan_layer(view: LayerView, name: str, scores: Tensor, count: int, parameters: Parameters) -> tuple[LayerPlan, str]:
+    """Decide what becomes of the experts of one layer.
+
+    Args:
+        scores: (E,) the saliency of each.
+        count: experts to keep.
+
+    Returns:
+        the layer's plan, and a note on how it was found, often empty.
+    """
+    stats, usage = view.stats, view.stats.usage_frequency
+    by_usage = lambda e: (-float(usage[e]), e)
+    if count == stats.num_experts:
+        return LayerPlan(count, tuple(Group(e, (e,), (1.0,)) for e in sorted(range(count), key=by_usage))), ""
+    if parameters.others == "merge":
+        groups = group_experts(
+            scores,
+            finite_similarity(view, name, parameters),
+            count,
+            grouping=parameters.grouping,
+            capacity=parameters.group_capacity,
+            seed=view.seed,
+        )
+        positive = scores[scores > 0]
+        raised = scores.clamp(min=float(positive.min())) if len(positive) else scores  # as REAM
+        weighed = {"usage": stats.routed, "uniform": torch.ones(stats.num_experts), "saliency": raised}
+        made = [
+            Group(dominant, tuple(members), member_weights(weighed[parameters.weighting], members))
+            for dominant, members in groups
+        ]
+        return LayerPlan(stats.num_experts, tuple(sorted(made, key=lambda g: by_usage(g.dominant)))), ""
+    kept, note = select_experts(view, scores, count, parameters)
+    if parameters.others == "nearest":
+        labels = assign_to_kept(usage.numpy(), finite_similarity(view, name, parameters).numpy(), kept)
+        members = {k: tuple(np.flatnonzero(labels == i).tolist()) for i, k in enumerate(kept)}
+    else:
+        members = {k: (k,) for k in kept}
+    made = [Group(k, members[k], tuple(float(m == k) for m in members[k])) for k in sorted(kept, key=by_usage)]
+    named = {m for g in made for m in g.members}
+    removed = tuple(e for e in range(stats.num_experts) if e not in named)
+    return LayerPlan(stats.num_experts, tuple(made), removed), note
+
+
+def select_experts(view: LayerView, scores: Tensor, count: int, parameters: Parameters) -> tuple[list[int], str]:
+    """The experts of a layer that a pruning method keeps, ascending, and a note on how they were found."""
+    if parameters.selection == "top":
+        return sorted(dominant_experts(scores.numpy(), count)), ""
+    if parameters.selection == "subset":
+        out = view.outputs
+        arrays = (out.logits, out.inner, out.square, out.target, out.weights)
+        found = best_subset(SubsetErrors(*(a.numpy() for a in arrays)), count)
+        return list(found.experts), f"{found.search}; relative output error {found.error:.4f}"
+    sample = view.stats.tokens()
+    sample = sample.select(interleaved(sample.expert, view.num_experts))
+    logits = view.logits(sample.inputs).double().numpy()
+    return list(progressive_subset(logits, sample.weights(view.stats.dispatched).numpy(), count)), ""
+
+
+def interleaved(expert: Tensor, num_experts: int) -> Tensor:
+    """Order of tokens (T,) in which every stretch holds the same share of each expert's.
+
+    The sample itself is not: of rarely used experts its last tokens are the most.
+    """
+    order = expert.argsort(stable=True)
+    counts = torch.bincount(expert, minlength=num_experts)
+    starts = counts.cumsum(0) - counts
+    rank = torch.empty(len(expert), dtype=torch.float64)
+    rank[order] = (torch.arange(len(expert)) - starts[expert[order]] + 0.5).double()
+    return (rank / counts[expert]).argsort(stable=True)
+
+
+def finite_similarity(view: LayerView, name: str, parameters: Parameters) -> Tensor:
+    """Similarity (E, E); `UserError` naming the layer if it is not finite."""
+    matrix = similarity(view, base=parameters.similarity, metric=parameters.metric)
+    if not matrix.isfinite().all():
+        raise UserError(f"the {parameters.similarity} similarity of the experts of {name} is not finite")
+    return matrix
+
+
+def member_weights(scores: Tensor, members: list[int]) -> tuple[float, ...]:
+    """Shares of the members' scores in their sum; the same for all where that is 0.
+
+    Args:
+        scores: (E,) routed tokens, or other non-negative scores.
+    """
+    chosen = scores[members].double()
+    if chosen.sum() == 0:
+        chosen = torch.ones_like(chosen)
+    return tuple((chosen / chosen.sum()).tolist())

@@ -1,0 +1,97 @@
+"""Write a trained checkpoint: the student's own, with the tensors that moved."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from msmoe.checkpoint import Checkpoint, TensorSpec
+from msmoe.checkpoint.writer import CheckpointWriter
+from msmoe.compression.provenance import read_provenance, write_recovery_metadata
+from msmoe.families import Family
+from msmoe.formats.layout import Export, Slot
+from msmoe.formats.verify import check_written
+from msmoe.planning.plan import Plan
+
+
+def write_recovered(
+    source: Checkpoint,
+    out: Path,
+    tensors: dict[str, Tensor],
+    family: Family | None,
+    *,
+    recovery: dict,
+    log: Path,
+    factors: dict,
+    force: bool,
+) -> tuple[int, int]:
+    """Write the student with some tensors replaced, in the dtypes of the student.
+
+    Args:
+        tensors: name -> new content; a shape may differ from the student's.
+        recovery: what was done, for `msmoe.json`.
+        log: metrics of the run; a copy goes into the checkpoint.
+        factors: layer -> matrix -> shape of factors that the student does not have; their tensors take the place of
+            its dense stacks.
+
+    Returns:
+        parameters and bytes written.
+    """
+    before = read_provenance(source)
+    compressed = family is not None and source.model_type == family.compressed_model_type
+    kind = "exact" if compressed else before.get("export", "original")
+    layout = Export(kind, dict(source.config))
+    dropped: dict[str, str] = {}
+    for layer, matrices in factors.items():
+        assert family is not None
+        for matrix in matrices:
+            for name in family.factor_keys(layer, matrix):
+                dropped[name] = getattr(family.stacked_keys(layer), matrix)
+    for name in source:
+        spec = source.spec(name)
+        if family is not None and family.part(name) in ("expert maps", "row indices"):
+            layout.indices.add(name)
+        if name in dropped.values():
+            continue
+        shape = tuple(tensors[name].shape) if name in tensors else spec.shape
+        layout.tensors.append(TensorSpec(name, spec.dtype, shape))
+        if name not in tensors:
+            layout.copies.append((Slot(name), name))
+    for name, stack in dropped.items():
+        is_index = not tensors[name].is_floating_point()
+        dtype = "I32" if is_index else source.spec(stack).dtype
+        layout.tensors.append(TensorSpec(name, dtype, tuple(tensors[name].shape)))
+        layout.indices |= {name} if is_index else set()
+    update_factors(layout, family, factors)
+    plan = carried_plan(source)
+    with CheckpointWriter(
+        out, layout.tensors, identity="recovered", force=force, inputs=[source.path], check=check_written
+    ) as writer:
+        for slot, name in layout.copies:
+            writer.copy(slot.tensor, source, name)
+        for spec in layout.tensors:
+            if spec.name in tensors:
+                writer.write(spec.name, tensors[spec.name])
+        write_recovery_metadata(writer, layout, source, family, plan, recovery=recovery, log=log)
+    return layout.num_parameters, layout.num_bytes
+
+
+def carried_plan(source: Checkpoint) -> Plan | None:
+    """The plan that a compressed checkpoint carries; `UserError` if it is damaged."""
+    file = source.path / "plan.json"
+    return Plan.load(file) if file.exists() else None
+
+
+def update_factors(layout: Export, family: Family | None, factors: dict) -> None:
+    """Make the configuration state the shapes of the factors that the layout stores."""
+    if family is None:
+        return
+    shapes = {name: dict(matrices) for name, matrices in (layout.config.get("factors") or {}).items()}
+    for layer, matrices in factors.items():
+        shapes.setdefault(layer, {}).update(matrices)
+    stored = {spec.name: spec.shape for spec in layout.tensors}
+    for layer, matrices in shapes.items():
+        for matrix in matrices:
+            keys = family.factor_keys(layer, matrix)
+            matrices[matrix] = [stored[keys.u][-1], stored[keys.s][1]]
+    if shapes:
+        layout.config["factors"] = shapes
