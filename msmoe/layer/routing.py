@@ -1,0 +1,91 @@
+"""How a router chose: for every token k experts and their weights.
+
+Shapes: T tokens, K chosen experts of a token, E experts, D d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """Where tokens go.
+
+    Attributes:
+        experts: (T, K) int64, all different for a token; weights: (T, K) what the experts' outputs are multiplied by,
+            0 for a choice that is dropped.
+    """
+
+    experts: Tensor
+    weights: Tensor
+
+
+class Routed(NamedTuple):
+    """What an MoE layer was seen to do with a batch, heard where its experts are called.
+
+    Attributes:
+        inputs: (T, D) of the experts.
+        experts: (T, K) int64; weights: (T, K), after scores, groups, biases and scaling.
+        logits: (T, E) raw scores of the router, before softmax, sigmoid and selection biases.
+        router_inputs: (T, D') what the router saw, where that is not `inputs`; else `inputs` itself.
+        dispatched: (T, K) bool, False where an expert was over capacity; None where nothing is dropped.
+    """
+
+    inputs: Tensor
+    experts: Tensor
+    weights: Tensor
+    logits: Tensor
+    router_inputs: Tensor
+    dispatched: Tensor | None = None
+
+
+class Router(Protocol):
+    """A router of one layer, to be asked about tokens without the model."""
+
+    num_experts: int
+    top_k: int
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Raw scores (T, E) of tokens (T, D)."""
+        ...
+
+    def __call__(self, inputs: Tensor) -> Routing:
+        """Route tokens (T, D)."""
+        ...
+
+    def keeping(self, rows: Sequence[int]) -> Router:
+        """The router that is left with some of the rows, in the order given: it chooses among these."""
+        ...
+
+
+@dataclass(frozen=True)
+class SoftmaxTop1:
+    """Switch: the largest logit, at its softmax probability.
+
+    Attributes:
+        rows: (E, D) float32; bias: (E,), where the router has any.
+    """
+
+    rows: Tensor
+    bias: Tensor | None = None
+    top_k: int = 1
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.rows)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        logits = inputs @ self.rows.T
+        return logits if self.bias is None else logits + self.bias
+
+    def __call__(self, inputs: Tensor) -> Routing:
+        weights, experts = self.logits(inputs).softmax(-1).max(-1, keepdim=True)
+        return Routing(experts, weights)
+
+    def keeping(self, rows: Sequence[int]) -> SoftmaxTop1:
+        kept = list(rows)
+        return SoftmaxTop1(self.rows[kept], None if self.bias is None else self.bias[kept])
