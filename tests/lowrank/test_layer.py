@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from msmoe.lowrank import layer as factorize_layer_module
 from tiny import LAYERS, load_tensors, profile_small, stored_stack
 
 from msmoe.checkpoint import Checkpoint
 from msmoe.compression.factorize import expert_maps, factorize
 from msmoe.families import Expert, inspectable_family_of
+from msmoe.lowrank import layer as factorize_layer_module
 from msmoe.lowrank.decompose import RIDGE
 from msmoe.lowrank.layer import LEAST_SENSITIVITY, FactorSources, output_sensitivity
 from msmoe.lowrank.options import FactorOptions
