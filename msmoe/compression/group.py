@@ -10,9 +10,10 @@ from torch import Tensor
 
 from msmoe.calibration.stats import LayerStats, Stats
 from msmoe.checkpoint import Checkpoint
-from msmoe.families import Expert, Family
+from msmoe.families import Family
 from msmoe.families.protocol import load_expert
 from msmoe.formats.layout import Export
+from msmoe.layer.expert import Expert
 from msmoe.layer.tokens import TokenSample
 from msmoe.merge import RULES, GroupTokens, MergedGroup, Refit, align_members, merge_group, refit_output
 from msmoe.merge.align import Match
@@ -107,11 +108,17 @@ def merge_one(sources: Sources, layout: Export, layer: str, g: int) -> tuple[Exp
         moved = sources.moved_inputs.get(layer)
         gate = dense_gate(stats, sources, layer) if layout.kind == "dense" and stats else None
         refit = targets.refit(expert, moved, constant_gate=gate)
-        expert = Expert(expert.wi, refit.wo)
+        expert = expert.with_output(refit.output)
     if layout.kind == "dense":
         assert stats is not None
-        expert = Expert(expert.wi, expert.wo * dense_gate(stats, sources, layer))
+        expert = scaled(expert, dense_gate(stats, sources, layer))
     return expert, GroupReport(layer, group.dominant, group.members, merged.matches, refit, details)
+
+
+def scaled(expert: Expert, factor: float) -> Expert:
+    """The expert whose outputs are `factor` times as large."""
+    bias = None if expert.output_bias is None else expert.output_bias * factor
+    return expert.with_output(expert.output * factor, bias)
 
 
 def dense_gate(stats: LayerStats, sources: Sources, layer: str) -> float:
@@ -128,7 +135,7 @@ def align_to_mean(
 ) -> tuple[list[Expert], dict[int, Match], dict[str, int]]:
     """Members aligned to the mean of one another, as matches whose objective is that of the whole group."""
     permutations, rounds = match_many(experts)
-    before = objective(experts, [torch.arange(len(e.wi)) for e in experts])
+    before = objective(experts, [torch.arange(e.num_neurons) for e in experts])
     after = objective(experts, permutations)
     matches = {member: Match(p, before, after) for member, p in zip(members, permutations, strict=True)}
     return [e.permuted(p) for e, p in zip(experts, permutations, strict=True)], matches, {"rounds": rounds}
@@ -136,9 +143,9 @@ def align_to_mean(
 
 def no_tokens(expert: Expert) -> GroupTokens:
     """What a rule may see where no statistics are given."""
-    empty, inputs = torch.zeros(0), torch.zeros(0, expert.wi.shape[1])
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return GroupTokens(inputs, nothing, empty, empty.double(), inputs, nothing.bool(), inputs, empty.double())
+    empty, inputs = torch.zeros(0), torch.zeros(0, len(expert.output))
+    nobody = torch.zeros(0, 1)
+    return GroupTokens(inputs, nobody.bool(), nobody, empty.double(), inputs, empty.bool(), inputs, empty.double())
 
 
 def group_tokens(group: Group, stats: LayerStats) -> GroupTokens:
@@ -148,10 +155,9 @@ def group_tokens(group: Group, stats: LayerStats) -> GroupTokens:
     mine = torch.isin(sample.expert, members)
     chosen, weights = sample.select(mine), sample.weights(stats.dispatched)
     layer = sample.drawn(min(LAYER_TOKENS, len(sample)), stats.num_experts)
-    position = torch.zeros(stats.num_experts, dtype=torch.int64)
-    position[members] = torch.arange(len(members))
+    routed = chosen.expert[:, None] == members
     return GroupTokens(
-        chosen.inputs, position[chosen.expert], chosen.gate, weights[mine], chosen.output_gradient,
+        chosen.inputs, routed, chosen.gate[:, None] * routed, weights[mine], chosen.output_gradient,
         chosen.has_gradient, layer.inputs, layer.weights(stats.dispatched),
     )  # fmt: skip
 

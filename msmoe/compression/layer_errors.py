@@ -18,8 +18,9 @@ from msmoe.calibration.stats import LayerStats, Stats
 from msmoe.checkpoint import Checkpoint
 from msmoe.compression.provenance import read_provenance
 from msmoe.errors import UserError
-from msmoe.families import Expert, Family, family_of, inspectable_family_of
+from msmoe.families import Family, family_of, inspectable_family_of
 from msmoe.families.protocol import load_stored_expert
+from msmoe.layer.expert import Expert
 from msmoe.layer.tokens import TokenSample
 from msmoe.lowrank.measures import stable_rank
 from msmoe.merge import RULES
@@ -30,10 +31,10 @@ GATE_TOLERANCE = 1e-4  # relative; rounding of float32 logits stays below
 
 
 class StableRanks(NamedTuple):
-    """Mean over a layer's experts of |W|_F^2 / |W|_2^2 of either matrix."""
+    """Mean over a layer's experts of |W|_F^2 / |W|_2^2, of all input matrices together and of the output."""
 
-    wi: float
-    wo: float
+    front: float
+    output: float
 
 
 @dataclass(frozen=True)
@@ -291,7 +292,7 @@ def run_layer(
             expert = layer.expert(g)
             outputs[mine] = expert(inputs[mine])
             if stable_ranks:
-                ranks.append((stable_rank(expert.wi), stable_rank(expert.wo)))
+                ranks.append((stable_rank(expert.front), stable_rank(expert.output)))
     constant = routed.target >= layer.num_stored
     outputs[constant] = layer.constants[routed.target[constant] - layer.num_stored]
     means = StableRanks(*(sum(values) / len(values) for values in zip(*ranks, strict=True))) if ranks else None

@@ -17,8 +17,9 @@ from msmoe.calibration.records import TokenRecord
 from msmoe.calibration.tokenizer import special_tokens
 from msmoe.compression.group import GroupReport, MovedInputs, Sources, merge_one
 from msmoe.errors import UserError
-from msmoe.families import Expert, Routing
+from msmoe.families import Routing
 from msmoe.formats.layout import Export
+from msmoe.layer.expert import Expert
 from msmoe.layer.tokens import TokenSample
 
 BATCH_SIZE = 16
@@ -93,6 +94,5 @@ def moved_inputs(
 def install(sources: Sources, model: nn.Module, layer: str, members: tuple[int, ...], expert: Expert) -> None:
     """Give every member of a group the merged weights."""
     for member in members:
-        keys = sources.family.expert_keys(layer, member)
-        model.get_parameter(keys.wi).copy_(expert.wi)
-        model.get_parameter(keys.wo).copy_(expert.wo)
+        for key, values in zip(sources.family.expert_keys(layer, member), expert.tensors, strict=True):
+            model.get_parameter(key).copy_(values)

@@ -12,8 +12,9 @@ from msmoe.calibration.stats import LayerStats
 from msmoe.checkpoint import to_dtype
 from msmoe.compression.group import Sources, merge_one, routed_inputs
 from msmoe.compression.layer_errors import LayerFunction, Routed, read_layer, relative_errors, route, run_layer
-from msmoe.families import Expert, MoELayer
+from msmoe.families import MoELayer
 from msmoe.formats.layout import Export
+from msmoe.layer.expert import Expert
 from msmoe.layer.tokens import TokenSample
 from msmoe.merge import merge_group, refit_output
 from msmoe.merge.align import Alignment, Match, match
@@ -107,11 +108,11 @@ class Trial:
         layer_plan = plan.layers[self.layer.name]
         routes = layer_plan.routes(plan.parameters)
         rows, bias = list(routes.rows), self.original.bias
-        wi_dtype, wo_dtype = (to_dtype(name) for name in self.layer.dtypes)
+        front_dtype, output_dtype = (to_dtype(name) for name in self.layer.dtypes)
         stored = [self.merged(plan, g) for g in layer_plan.stored_order]
-        stored = [Expert(e.wi.to(wi_dtype).float(), e.wo.to(wo_dtype).float()) for e in stored]
+        stored = [rounded(expert, front_dtype, output_dtype) for expert in stored]
         means = (
-            mean_output(self.stats)[list(routes.constants)].to(wo_dtype)
+            mean_output(self.stats)[list(routes.constants)].to(output_dtype)
             if routes.constants
             else self.original.constants
         )
@@ -156,4 +157,15 @@ class Trial:
             merged, sample.inputs[mine], sample.gate[mine], self.fitted.wanted[mine], self.fitted.weights[mine],
             sample.held_out[mine],
         )  # fmt: skip
-        return Expert(merged.wi, found.wo)
+        return merged.with_output(found.output)
+
+
+def rounded(expert: Expert, inputs: torch.dtype, output: torch.dtype) -> Expert:
+    """An expert as it is stored, in float32 again.
+
+    Args:
+        inputs, output: dtypes of the input side and of the output side.
+    """
+    count = len(expert.inputs)
+    dtypes = (inputs if i < count else output for i in range(len(expert.tensors)))
+    return expert.like([t.to(dtype).float() for t, dtype in zip(expert.tensors, dtypes, strict=True)])

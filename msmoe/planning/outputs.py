@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from msmoe.calibration.stats import LayerStats
-from msmoe.families import Expert
+from msmoe.layer.expert import Expert
 
 MAX_TOKENS = 1024  # all experts run on these: E times the arithmetic of a routed token
 MAX_VALUES = 2**27  # of all outputs at once, 512 MB

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from msmoe.calibration.stats import LayerStats
 from msmoe.errors import UserError
-from msmoe.families import Expert
+from msmoe.layer.expert import Expert
 from msmoe.merge.align import match_weights, standardise
 from msmoe.planning.outputs import LayerOutputs, layer_outputs
 
@@ -135,7 +135,7 @@ def weight(view: LayerView, metric: Metric) -> Tensor:
     experts = list(view.experts())
     gram = torch.zeros(len(experts), len(experts), dtype=torch.float64)
     for i, expert in enumerate(experts):
-        gram[i, i] = sum(w.double().square().sum() for w in expert)
+        gram[i, i] = sum(w.double().square().sum() for w in expert.features)
         for j in range(i):
             gram[i, j] = gram[j, i] = match_weights(experts[j], expert).after
     return gram_similarity(gram, metric=metric)
@@ -150,9 +150,9 @@ def feature_abs(view: LayerView, metric: Metric) -> Tensor:
 
 
 def weight_feature(view: LayerView, metric: Metric) -> Tensor:
-    """wi scaled by the norm of each input column over the expert's tokens (the Wanda product)."""
+    """The input matrices scaled by the norm of each input column over the expert's tokens (the Wanda product)."""
     norms = view.stats.input_square_sum.sqrt().float()
-    scaled = (expert.wi * norm for expert, norm in zip(view.experts(), norms, strict=True))
+    scaled = (expert.front * norm for expert, norm in zip(view.experts(), norms, strict=True))
     return gram_similarity(streamed_gram(scaled, view.num_experts), metric=metric)
 
 
@@ -190,8 +190,8 @@ def ream(view: LayerView, metric: Metric) -> Tensor:
 
 
 def input_weight(view: LayerView, metric: Metric) -> Tensor:
-    """Inner products of wi as it is, neurons not matched (MergeMoE)."""
-    return gram_similarity(streamed_gram((e.wi for e in view.experts()), view.num_experts), metric=metric)
+    """Inner products of the input matrices as they are, neurons not matched (MergeMoE)."""
+    return gram_similarity(streamed_gram((e.front for e in view.experts()), view.num_experts), metric=metric)
 
 
 def mse(view: LayerView, metric: Metric) -> Tensor:
@@ -206,7 +206,8 @@ def mse(view: LayerView, metric: Metric) -> Tensor:
     similarity = torch.zeros(num_experts, num_experts, dtype=torch.float64)
     for i in range(num_experts):
         for j in range(i):
-            average = Expert((experts[i].wi + experts[j].wi) / 2, (experts[i].wo + experts[j].wo) / 2)
+            pairs = zip(experts[i].tensors, experts[j].tensors, strict=True)
+            average = experts[i].like([(a + b) / 2 for a, b in pairs])
             errors = [relative_error(average(inputs[e]), outputs[e]) for e in (i, j) if len(inputs[e])]
             similarity[i, j] = similarity[j, i] = 1 / (1 + sum(errors) / 2) if len(errors) == 2 else 0.0
     return finish(similarity)

@@ -209,10 +209,10 @@ def test_stable_ranks_are_means_over_original_and_stored_experts(switch, stats, 
     result = layer_errors(switch, compressed("merged"), stats)[LAYER]
     before, after = load_tensors(switch), load_tensors(compressed("merged"))
     mean = lambda matrices: sum(map(stable_rank, matrices)) / len(matrices)
-    for part in ("wi", "wo"):
+    for part, side in (("wi", "front"), ("wo", "output")):
         members = [before[f"{LAYER}.experts.expert_{e}.{part}.weight"] for e in range(6)]
-        assert getattr(result.stable_rank_before, part) == pytest.approx(mean(members))
-        assert getattr(result.stable_rank_after, part) == pytest.approx(mean(after[f"{LAYER}.experts.{part}"]))
+        assert getattr(result.stable_rank_before, side) == pytest.approx(mean(members))
+        assert getattr(result.stable_rank_after, side) == pytest.approx(mean(after[f"{LAYER}.experts.{part}"]))
     bare = layer_errors(switch, compressed("merged"), stats, stable_ranks=False)[LAYER]
     assert (bare.stable_rank_before, bare.stable_rank_after) == (None, None)
 
