@@ -75,7 +75,7 @@ class Expert:
 
     @property
     def neurons(self) -> Tensor:
-        """(F, N) everything that belongs to a neuron: its rows of the inputs, its biases and its column of the output."""
+        """(F, N) all that belongs to a neuron: its rows of the inputs, its biases and its column of the output."""
         return torch.cat([t if t.ndim == 2 else t[:, None] for t in (*self.inputs.values(), self.output.T)], dim=1)
 
     def pre_activations(self, x: Tensor) -> list[Tensor]:

@@ -38,7 +38,7 @@ class StoredPart:
     encoding: str = "plain"
 
     def split(self, stored: Tensor) -> dict[str, Tensor]:
-        """The weights in a stored tensor, outputs first: (F, D) of inputs, (D, F) of the output, biases (F,) or (D,)."""
+        """Weights in a stored tensor, outputs first: (F, D) of inputs, (D, F) of the output, biases (F,) or (D,)."""
         tensor = stored.mT if self.transposed and stored.ndim > 1 else stored
         count = len(self.roles)
         parts = [tensor[i::count] for i in range(count)] if self.interleaved else tensor.chunk(count)
