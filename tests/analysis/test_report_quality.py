@@ -122,8 +122,8 @@ for name, folder in (("msmoe", root / "msmoe"), ("msmoe.analysis", root / "analy
     sys.modules[name].__path__ = [str(folder)]
 from msmoe.analysis.report import report
 report(sys.argv[2]).save(sys.argv[3])
-heavy = ["msmoe." + name for name in ("planning.planner", "planning.similarity", "planning.plan", "compression.layer_errors")]
-heavy += ["sklearn", "transformers"]
+heavy = ["planning.planner", "planning.similarity", "planning.plan", "compression.layer_errors"]
+heavy = ["msmoe." + name for name in heavy] + ["sklearn", "transformers"]
 print([name for name in heavy if name in sys.modules])
 """
 
