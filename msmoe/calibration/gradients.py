@@ -24,10 +24,10 @@ def gradient_grams(
     """
     parameters = dict(model.named_parameters())
     expert_names = {
-        key
+        part.key
         for layer in family.layers(checkpoint)
         for e in range(layer.num_experts)
-        for key in family.expert_keys(layer.name, e)
+        for part in family.memory_parts(checkpoint, layer.name, e)
     }
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in expert_names)
@@ -39,11 +39,13 @@ def gradient_grams(
     grams = {}
     for layer in family.layers(checkpoint):
         gram = torch.zeros(2, layer.num_experts, layer.num_experts, dtype=torch.float64)
-        for kind in (0, 1):  # wi and wo add up
-            weights = [parameters[family.expert_keys(layer.name, e)[kind]] for e in range(layer.num_experts)]
-            flat = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-            gradient = torch.stack(flat).flatten(1).float()
-            scaled = gradient * torch.stack([w.detach() for w in weights]).flatten(1).float()
+        parts = [family.memory_parts(checkpoint, layer.name, e) for e in range(layer.num_experts)]
+        for same in zip(*parts, strict=True):  # the matrices add up
+            weights = [parameters[part.key] for part in same]
+            grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+            gradient = torch.stack([p.place_in(g) for p, g in zip(same, grads, strict=True)]).flatten(1).float()
+            values = torch.stack([p.place_in(w.detach()) for p, w in zip(same, weights, strict=True)])
+            scaled = gradient * values.flatten(1).float()
             gram += torch.stack([gradient @ gradient.T, scaled @ scaled.T]).cpu().double()
         grams[layer.name] = gram[0], gram[1]
     model.zero_grad(set_to_none=True)

@@ -111,7 +111,7 @@ def profile(
     place, precision = choose_device(device), choose_dtype(dtype)
     with memory_explained(ADVICE), open_subject(checkpoint, tokenizer) as subject:
         source = subject.checkpoint
-        if gradients and source.model_type == subject.family.compressed_model_type:
+        if gradients and subject.family.is_exact(source):
             raise UserError(f"--gradients needs an original checkpoint; {source.path} is compressed")
         calibration = calibrate(
             data, subject.tokenizer, subject.special, samples=samples, seed=seed, columns=columns,

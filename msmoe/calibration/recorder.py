@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from msmoe.calibration.stats import LayerStats, sort_rows
-from msmoe.families import Family, Routing
+from msmoe.families import Family
+from msmoe.families.protocol import Routing
 from msmoe.layer.tokens import TokenSample, sample_mask, token_keys
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from msmoe.layer.stored import Place
+
 
 class Stored(NamedTuple):
     """Bytes of a value, and the name of its torch dtype."""
@@ -41,6 +43,7 @@ DTYPES = {
     "F64": Stored(8, "float64"), "F32": Stored(4, "float32"), "F16": Stored(2, "float16"),
     "BF16": Stored(2, "bfloat16"), "I64": Stored(8, "int64"), "I32": Stored(4, "int32"), "I16": Stored(2, "int16"),
     "I8": Stored(1, "int8"), "U8": Stored(1, "uint8"), "BOOL": Stored(1, "bool"),
+    "F8_E4M3": Stored(1, "float8_e4m3fn"), "F8_E5M2": Stored(1, "float8_e5m2"),
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library
@@ -80,6 +83,8 @@ def to_dtype(name: str) -> torch.dtype:
 
 def wider(*names: str) -> str:
     """The narrowest float dtype that holds every value of some: float32 for float16 beside bfloat16."""
+    if len(set(names)) == 1:
+        return names[0]
     different = sorted(set(names), key=FLOATS.index)
     return "F32" if set(different) == {"F16", "BF16"} else different[0]
 
@@ -221,15 +226,23 @@ class Checkpoint:
         except KeyError:
             raise UserError(f"{self.path} has no tensor {name}") from None
 
-    def read(self, name: str, *, index: int | None = None) -> Tensor:
-        """Load one tensor, or the slice `index` of its leading axis, in its stored dtype."""
+    def read(self, name: str, *, index: int | None = None, rows: int = 0) -> Tensor:
+        """Load one tensor, or a slice of its leading axis, in its stored dtype.
+
+        Args:
+            index: of the slice; None for the whole tensor.
+            rows: that a slice has; 0 for the entry at `index`, without the axis.
+        """
         import torch
 
         spec = self.spec(name)
         place = self._entries[name][1]
+        slice_shape = (rows, *spec.shape[1:]) if rows else spec.shape[1:]
         if isinstance(place, torch.Tensor):
-            return (place if index is None else place[index]).clone(memory_format=torch.contiguous_format)
-        tensor = torch.empty(spec.shape if index is None else spec.shape[1:], dtype=to_dtype(spec.dtype))
+            if index is not None:
+                place = place[index * rows : (index + 1) * rows] if rows else place[index]
+            return place.clone(memory_format=torch.contiguous_format)
+        tensor = torch.empty(spec.shape if index is None else slice_shape, dtype=to_dtype(spec.dtype))
         if tensor.numel():
             buffer = tensor.view(-1).view(torch.uint8).numpy().data
             with self._opened(name, (index or 0) * len(buffer)) as stream:
@@ -248,27 +261,31 @@ class Checkpoint:
             raise UserError(f"{name} of {self.path} is {spec.dtype}, expected integers (I64 or I32)")
         return list(struct.unpack(f"<{spec.num_parameters}{letter}", b"".join(self.blocks(name))))
 
-    def read_finite(self, name: str, *, index: int | None = None) -> Tensor:
-        """Load one tensor, or the slice `index` of its leading axis, as float32.
+    def read_finite(self, name: str, *, index: int | None = None, rows: int = 0) -> Tensor:
+        """Load one tensor, or a slice of its leading axis as of `read`, in float32.
 
         Raises:
             UserError: if it holds NaN or infinite values; the message names the tensor.
         """
-        tensor = self.read(name, index=index).float()
+        tensor = self.read(name, index=index, rows=rows).float()
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise UserError(f"tensor {name} of {self.path} holds NaN or infinite values")
         return tensor
 
-    def blocks(self, name: str) -> Iterator[bytes]:
-        """The stored bytes of one tensor, in blocks of bounded size."""
-        place, left = self._entries[name][1], self.spec(name).num_bytes
-        if place is not None and not isinstance(place, Location):
+    def blocks(self, place: str | Place) -> Iterator[bytes]:
+        """The stored bytes of a tensor, or of a slice of one, in blocks of bounded size."""
+        name, index, rows = (place, None, 0) if isinstance(place, str) else place
+        location, left = self._entries[name][1], self.spec(name).num_bytes
+        if index is not None:
+            left = left // self.spec(name).shape[0] * max(rows, 1)
+        if location is not None and not isinstance(location, Location):
             import torch
 
-            for part in place.contiguous().view(-1).view(torch.uint8).split(COPY_BLOCK) if left else ():
+            whole = self.read(name, index=index, rows=rows)
+            for part in whole.view(-1).view(torch.uint8).split(COPY_BLOCK) if left else ():
                 yield part.numpy().tobytes()
             return
-        with self._opened(name, 0) as stream:
+        with self._opened(name, (index or 0) * left) as stream:
             while left:
                 block = stream.read(min(left, COPY_BLOCK))
                 if not block:

@@ -5,6 +5,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 from types import TracebackType
 
@@ -17,6 +18,7 @@ from msmoe.checkpoint.reader import Checkpoint, TensorSpec, to_dtype
 from msmoe.checkpoint.shards import encode_header, plan_shards, write_header
 from msmoe.errors import UserError
 from msmoe.files import Output, explain_os_errors
+from msmoe.layer.stored import Place
 from msmoe.places import CHECKPOINT
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -68,6 +70,7 @@ class CheckpointWriter:
         self.notes: dict[str, dict] = {}
         self._check = check
         self._written: dict[str, Slices] = {}
+        self._rows: dict[str, int] = {}  # of a slice of a tensor that is written in slices
         self._shards = plan_shards(list(self.specs.values()), max_shard_bytes)
         layout = json.dumps([[s.name, s.dtype, s.shape] for s in self.specs.values()] + [max_shard_bytes])
         digest = sha256(f"{identity}\0{layout}".encode()).hexdigest()
@@ -149,42 +152,53 @@ class CheckpointWriter:
         Raises:
             UserError: if a value is not finite, or cannot be held by the dtype.
         """
-        spec = self.specs[name]
-        expected = spec.shape if index is None else spec.shape[1:]
-        if tuple(tensor.shape) != tuple(expected):
-            raise ValueError(f"{name} is laid out as {expected}, got {tuple(tensor.shape)}")
-        stored = cast(name, tensor.detach().cpu(), to_dtype(spec.dtype)).contiguous()
+        return self.write_place(Place(name, index), tensor, finish=finish)
+
+    def write_place(self, place: Place, tensor: Tensor, *, finish: bool = True) -> int:
+        """Store a tensor in a place; as `write`."""
+        spec = self.specs[place.tensor]
+        if tuple(tensor.shape) != place.shape(spec.shape):
+            raise ValueError(f"{place.tensor} is laid out as {place.shape(spec.shape)}, got {tuple(tensor.shape)}")
+        stored = cast(place.tensor, tensor.detach().cpu(), to_dtype(spec.dtype)).contiguous()
         raw = stored.view(-1).view(torch.uint8).numpy().data if stored.numel() else memoryview(b"")
-        self._write_at(name, (index or 0) * len(raw), [raw])
-        return self._wrote(name, index, checksum(stored), finish=finish)
+        self._write_at(place.tensor, (place.index or 0) * len(raw), [raw])
+        return self._wrote(place, checksum(stored), finish=finish)
 
     def copy(self, name: str, source: Checkpoint, source_name: str, *, index: int | None = None) -> None:
-        """Copy a tensor from another checkpoint: its bytes where the dtypes are the same, else its values, cast.
+        """Copy a tensor from another checkpoint, as of `copy_place`; all of it, or to a slice of the leading axis."""
+        self.copy_place(Place(name, index), source, Place(source_name))
+
+    def copy_place(self, target: Place, source: Checkpoint, given: Place) -> None:
+        """Copy a place of another checkpoint: its bytes where the dtypes are the same, else its values, cast.
 
         Raises:
             UserError: if the shapes differ, a value is not finite, or cannot be held by the dtype.
         """
-        spec, given = self.specs[name], source.spec(source_name)
-        expected = spec.shape if index is None else spec.shape[1:]
-        if tuple(given.shape) != tuple(expected):
-            shapes = f"{tuple(given.shape)}, where {tuple(expected)} is needed"
-            raise UserError(f"tensor {source_name} of {source.path} has shape {shapes}")
-        if given.dtype != spec.dtype:
-            self.write(name, source.read(source_name), index=index)
+        spec, source_spec = self.specs[target.tensor], source.spec(given.tensor)
+        shape, expected = given.shape(source_spec.shape), target.shape(spec.shape)
+        if shape != expected:
+            shapes = f"{shape}, where {expected} is needed"
+            raise UserError(f"tensor {given.tensor} of {source.path} has shape {shapes}")
+        if source_spec.dtype != spec.dtype:
+            self.write_place(target, source.read(given.tensor, index=given.index, rows=given.rows))
             return
         crc = 0
 
         def checked() -> Iterator[bytes]:
             nonlocal crc
-            for block in whole_items(source.blocks(source_name), to_dtype(spec.dtype).itemsize):
-                check_finite(torch.frombuffer(bytearray(block), dtype=to_dtype(spec.dtype)), source_name, source.path)
+            for block in whole_items(source.blocks(given), to_dtype(spec.dtype).itemsize):
+                values = torch.frombuffer(bytearray(block), dtype=to_dtype(spec.dtype))
+                check_finite(values, given.tensor, source.path)
                 crc = zlib.crc32(block, crc)
                 yield block
 
-        self._write_at(name, (index or 0) * given.num_bytes, checked())
-        self._wrote(name, index, crc, finish=True)
+        size = prod(shape) * to_dtype(spec.dtype).itemsize
+        self._write_at(target.tensor, (target.index or 0) * size, checked())
+        self._wrote(target, crc, finish=True)
 
-    def _wrote(self, name: str, index: int | None, crc: int, *, finish: bool) -> int:
+    def _wrote(self, place: Place, crc: int, *, finish: bool) -> int:
+        name, index, rows = place
+        self._rows[name] = max(rows, 1)
         slices = self._written.setdefault(name, {})
         for replaced in [None] if index is not None else list(slices):
             slices.pop(replaced, None)
@@ -210,12 +224,21 @@ class CheckpointWriter:
         """
         for name in names:
             slices = self._written.get(name, {})
-            if None not in slices and len(slices) != self.specs[name].shape[0]:
-                raise ValueError(f"{name} has {self.specs[name].shape[0]} slices, of which {len(slices)} were written")
+            if None not in slices and len(slices) != self._num_slices(name):
+                raise ValueError(f"{name} has {self._num_slices(name)} slices, of which {len(slices)} were written")
         tensors = {name: list(self._written[name].items()) for name in names}
         self.output.record({"tensors": tensors, "notes": notes or {}})
         self.done |= set(names)
         self.notes |= notes or {}
+
+    def finish_copied(self) -> None:
+        """Finish the tensors of which every slice has been written."""
+        for name in sorted(self._written.keys() - self.done):
+            if None not in self._written[name] and len(self._written[name]) == self._num_slices(name):
+                self.finish(name)
+
+    def _num_slices(self, name: str) -> int:
+        return self.specs[name].shape[0] // self._rows.get(name, 1)
 
     def write_text(self, name: str, text: str) -> None:
         (self.partial / name).write_text(text, encoding="utf-8")

@@ -29,7 +29,8 @@ from msmoe.errors import UserError
 from msmoe.families import Family, family_of
 from msmoe.families.loading import check_complete
 from msmoe.files import Output
-from msmoe.formats.layout import Export, build_export
+from msmoe.formats.build import build_export
+from msmoe.formats.layout import Layout
 from msmoe.formats.verify import check_written
 from msmoe.layer.expert import Expert
 from msmoe.lowrank.options import SIZES, FactorOptions
@@ -212,20 +213,19 @@ def merge(
         copy_tensors(writer, layout, source)
         with single_threaded():
             routers = write_routers(writer, layout, sources, router)
-        unwritten = Counter(slot.tensor for slots in layout.merged.values() for slot in slots)
-        for name in writer.specs.keys() - writer.done - unwritten.keys():
-            writer.finish(name)  # stacked tensors of which every slice was copied
+        unwritten = Counter(part.key for parts in layout.merged.values() for part in parts)
+        writer.finish_copied()
         for layer, g, merged, report in merge_groups(
             sources, layout, writer.done, data=data, workers=workers, progress=progress
         ):
             note = report.describe() | {"crc32": []}
-            for slot, tensor in zip(layout.merged[layer, g], merged.tensors, strict=True):
-                note["crc32"].append(writer.write(slot.tensor, tensor, index=slot.index))
+            for part in layout.merged[layer, g]:
+                note["crc32"].append(writer.write_place(part.places[0], part.join(merged.weights)))
             writer.note(f"{layer}/{report.dominant}", note)
-            for slot in layout.merged[layer, g]:
-                unwritten[slot.tensor] -= 1
-                if unwritten[slot.tensor] == 0 and slot.tensor not in writer.done:
-                    writer.finish(slot.tensor)
+            for part in layout.merged[layer, g]:
+                unwritten[part.key] -= 1
+                if unwritten[part.key] == 0 and part.key not in writer.done:
+                    writer.finish(part.key)
         notes = [writer.notes[f"{layer}/{plan.layers[layer].groups[g].dominant}"] for layer, g in layout.merged]
         drop_rates = capacity_drop_rates(layout, plan, stats, source)
         write_metadata(writer, layout, sources, notes, router, routers, drop_rates)
@@ -254,7 +254,7 @@ def merged_report(merged: Path) -> ApplyReport:
 
 
 def load_needed_stats(
-    plan: Plan, layout: Export, stats: Stats | str | Path | None, source: Checkpoint, router: str
+    plan: Plan, layout: Layout, stats: Stats | str | Path | None, source: Checkpoint, router: str
 ) -> Stats | None:
     """The statistics, checked against plan and checkpoint; None where nothing needs them."""
     alignment, rule = plan.parameters.get("align"), plan.parameters.get("rule", "average")
@@ -278,29 +278,33 @@ def load_needed_stats(
     return stats
 
 
-def copy_tensors(writer: CheckpointWriter, layout: Export, source: Checkpoint) -> None:
+def copy_tensors(writer: CheckpointWriter, layout: Layout, source: Checkpoint) -> None:
     """Everything that does not change, byte for byte, and the expert maps."""
-    for slot, name in layout.copies:
-        if slot.tensor not in writer.done:
-            writer.copy(slot.tensor, source, name, index=slot.index)
+    for target, given in layout.copies:
+        if target.tensor not in writer.done:
+            writer.copy_place(target, source, given)
 
 
-def write_routers(writer: CheckpointWriter, layout: Export, sources: Sources, kind: str) -> dict[str, RouterFit]:
+def write_routers(writer: CheckpointWriter, layout: Layout, sources: Sources, kind: str) -> dict[str, RouterFit]:
     """Maps and mean outputs of the `exact` export, routers without the rows of removed experts, reduced routers."""
     plan, family = sources.plan, sources.family
     for layer, name in layout.maps.items():
         layer_plan = plan.layers.get(layer)
         mapping = layer_plan.routes(plan.parameters).targets if layer_plan else range(writer.specs[name].shape[0])
         writer.write(name, torch.tensor(list(mapping)))
-    for name, source_name, rows in layout.router_rows:
-        writer.write(name, sources.checkpoint.read(source_name)[list(rows)])
+    for tensor, kept in layout.cut:
+        if tensor.name not in layout.routers.values():
+            writer.write(tensor.name, tensor.select(sources.checkpoint.read(tensor.name), kept))
+    for name, layer, kept in layout.renumbered:
+        table = sources.checkpoint.read(name)
+        writer.write(name, family.renumbered(sources.checkpoint, layer, table, kept))
     for layer, name in layout.constants.items():
         assert sources.stats is not None
         constants = plan.layers[layer].routes(plan.parameters).constants
         writer.write(name, mean_output(sources.stats.layers[layer])[list(constants)].float())
     fits = {}
     for layer, name in layout.routers.items():
-        rows = sources.checkpoint.read_finite(family.router_key(layer))
+        rows = sources.checkpoint.read_finite(name)
         layer_stats = sources.stats.layers[layer] if sources.stats else None
         fits[layer] = reduce_router(kind, rows, plan.layers[layer], layer_stats)
         writer.write(name, fits[layer].rows)
@@ -309,7 +313,7 @@ def write_routers(writer: CheckpointWriter, layout: Export, sources: Sources, ki
 
 def merge_groups(
     sources: Sources,
-    layout: Export,
+    layout: Layout,
     done: set[str],
     *,
     data: str | Path | None,
@@ -317,7 +321,7 @@ def merge_groups(
     progress: Progress | None,
 ) -> Iterator[tuple[str, int, Expert, GroupReport]]:
     """Merge every group whose tensors are not written yet; yields (layer, group, expert, report) in plan order."""
-    pending = [key for key, slots in layout.merged.items() if not {slot.tensor for slot in slots} <= done]
+    pending = [key for key, parts in layout.merged.items() if not {part.key for part in parts} <= done]
     sequential = sources.plan.parameters.get("refit") == "sequential"
     if sequential and pending:
         assert data is not None

@@ -17,14 +17,14 @@ from torch import Tensor
 from msmoe.calibration.stats import Stats
 from msmoe.checkpoint import Checkpoint
 from msmoe.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
-from msmoe.compression.factor_layout import expert_slots, factor_layout
+from msmoe.compression.factor_layout import expert_places, factor_layout
 from msmoe.compression.provenance import read_provenance, write_factor_metadata
 from msmoe.errors import UserError
 from msmoe.families import Family, MoELayer, inspectable_family_of
 from msmoe.families.loading import check_complete
 from msmoe.families.protocol import load_expert
 from msmoe.files import Output
-from msmoe.formats.layout import Export
+from msmoe.formats.layout import Layout
 from msmoe.formats.verify import check_written
 from msmoe.lowrank.choose import check_rank, choose_shapes
 from msmoe.lowrank.layer import FactorSources, factorize_layer
@@ -152,12 +152,12 @@ def factorize_into(
 
 
 def copy_unchanged(
-    writer: CheckpointWriter, layout: Export, source: Checkpoint, stored: Sequence[tuple[MoELayer, int]]
+    writer: CheckpointWriter, layout: Layout, source: Checkpoint, stored: Sequence[tuple[MoELayer, int]]
 ) -> None:
     """Everything but the factorised experts, byte for byte, and the maps of a checkpoint that had none."""
-    for slot, name in layout.copies:
-        if slot.tensor not in writer.done:
-            writer.copy(slot.tensor, source, name, index=slot.index)
+    for target, given in layout.copies:
+        if target.tensor not in writer.done:
+            writer.copy_place(target, source, given)
     num_experts = {layer.name: layer.num_experts for layer, _ in stored}
     for layer, name in layout.maps.items():
         writer.write(name, torch.arange(num_experts[layer]))
@@ -231,7 +231,7 @@ def check_request(
         raise UserError(f"{source.path} is factorised already: start from the checkpoint that it was made from")
     if export not in ("exact", "native"):
         raise UserError(f"--export {export} cannot be combined with factors; choose exact or native")
-    if export == "native" and source.model_type == family.compressed_model_type:
+    if export == "native" and family.is_exact(source):
         raise UserError(f"--export native needs a stock checkpoint, original or native; {source.path} is exact")
     layers = tuple(layer for layer, _ in stored)
     kept = family.default_kept_layers(layers) if keep_layers is None else keep_layers
@@ -257,12 +257,12 @@ def expert_maps(family: Family, source: Checkpoint, stats: Stats | None) -> dict
         before = read_provenance(source).get("source", {}).get("fingerprint")
         if stats.checkpoint.get("fingerprint") != before:
             stats.check_against(source)
-        if source.model_type != family.compressed_model_type and (source.path / "plan.json").exists():
+        if not family.is_exact(source) and (source.path / "plan.json").exists():
             plan = Plan.load(source.path / "plan.json")
     maps = {}
     for layer, _ in family.stored_layers(source):
-        if source.model_type == family.compressed_model_type:
-            maps[layer.name] = source.read(family.expert_map_key(layer.name))
+        if family.is_exact(source):
+            maps[layer.name] = source.read(family.expert_map_key(source, layer.name))
         elif plan is not None and layer.name in plan.layers and keeps_routing(plan, layer.name):
             maps[layer.name] = torch.tensor(plan.layers[layer.name].expert_map)
         else:
@@ -278,7 +278,7 @@ def keeps_routing(plan: Plan, layer: str) -> bool:
 
 def write_experts(
     writer: CheckpointWriter,
-    layout: Export,
+    layout: Layout,
     sources: FactorSources,
     layers: Sequence[tuple[MoELayer, int]],
     shapes: dict[str, LayerFactors],
@@ -289,8 +289,8 @@ def write_experts(
 ) -> None:
     """Factorise the layers that are not written yet, several at a time, and write them in order."""
     family = sources.family
-    for name in sorted({slot.tensor for slot, _ in layout.copies if slot.index is not None} - writer.done):
-        writer.finish(name)  # every slice was copied
+    writer.finish_copied()
+    counts = {layer.name: count for layer, count in layers}
     pending = [(n, count) for n, count in layers if f"{n.name}/{count - 1}" not in writer.notes]
     scratch_or_none = scratch if scratch.exists() else None
     results = in_order(
@@ -299,9 +299,10 @@ def write_experts(
     for done, ((layer, _), experts) in enumerate(zip(pending, results, strict=True), 1):
         names: dict[str, None] = {}
         for g, expert in enumerate(experts):
-            for name, index, values in expert_slots(layout.kind, family, layer.name, g, expert.stored):
-                writer.write(name, values, index=index, finish=False)
-                names[name] = None
+            count = counts[layer.name]
+            for place, values in expert_places(layout, family, sources.checkpoint, layer, g, count, expert.stored):
+                writer.write_place(place, values, finish=False)
+                names[place.tensor] = None
         notes = {
             f"{layer.name}/{g}": {"matrices": [asdict(report) for report in expert.reports]}
             for g, expert in enumerate(experts)
@@ -338,7 +339,7 @@ def with_ranks_before(
     return matrices
 
 
-def output_plan(plan: Plan | None, source: Checkpoint, family: Family, options: FactorOptions, layout: Export) -> Plan:
+def output_plan(plan: Plan | None, source: Checkpoint, family: Family, options: FactorOptions, layout: Layout) -> Plan:
     """The plan as given, the one that the input carries, or one that keeps every expert; with the new size."""
     predicted = {"num_parameters": layout.num_parameters, "bytes": layout.num_bytes}
     if plan is not None:

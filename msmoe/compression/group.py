@@ -12,7 +12,7 @@ from msmoe.calibration.stats import LayerStats, Stats
 from msmoe.checkpoint import Checkpoint
 from msmoe.families import Family
 from msmoe.families.protocol import load_expert
-from msmoe.formats.layout import Export
+from msmoe.formats.layout import Layout
 from msmoe.layer.expert import Expert
 from msmoe.layer.tokens import TokenSample
 from msmoe.merge import RULES, GroupTokens, MergedGroup, Refit, align_members, merge_group, refit_output
@@ -73,7 +73,7 @@ class MovedInputs:
     gate: Tensor
 
 
-def merge_one(sources: Sources, layout: Export, layer: str, g: int) -> tuple[Expert, GroupReport]:
+def merge_one(sources: Sources, layout: Layout, layer: str, g: int) -> tuple[Expert, GroupReport]:
     """Merge, and refit if the plan says so, one group of one layer."""
     parameters, group = sources.plan.parameters, sources.plan.layers[layer].groups[g]
     stats = sources.stats.layers[layer] if sources.stats else None

@@ -259,13 +259,13 @@ class Routed(NamedTuple):
 def read_layer(family: Family, checkpoint: Checkpoint, name: str, num_stored: int) -> LayerFunction:
     """A layer of an original, `exact` or `native` checkpoint; experts are read when asked for."""
     optional = lambda key: checkpoint.read_finite(key) if key in checkpoint else None
-    rows = checkpoint.read_finite(family.router_key(name))
-    exact = checkpoint.model_type == family.compressed_model_type
-    constants = optional(family.constants_key(name))
+    rows = checkpoint.read_finite(family.router_key(checkpoint, name))
+    exact = family.is_exact(checkpoint)
+    constants = optional(family.constants_key(checkpoint, name))
     return LayerFunction(
         rows=rows,
-        bias=optional(family.router_bias_key(name)),
-        targets=checkpoint.read(family.expert_map_key(name)) if exact else torch.arange(len(rows)),
+        bias=family.router(checkpoint, name).bias,
+        targets=checkpoint.read(family.expert_map_key(checkpoint, name)) if exact else torch.arange(len(rows)),
         num_stored=num_stored,
         expert=lambda index: load_stored_expert(family, checkpoint, name, index),
         constants=rows[:0] if constants is None else constants,

@@ -16,7 +16,7 @@ from msmoe.compression.provenance_checks import check_provenance
 from msmoe.compression.router import RouterFit
 from msmoe.errors import UserError
 from msmoe.families import Family
-from msmoe.formats.layout import Export
+from msmoe.formats.layout import Layout
 from msmoe.planning.plan import Plan
 from msmoe.strict_json import parse, read_text, without_nan
 
@@ -27,7 +27,7 @@ FORMAT = "msmoe-checkpoint/1"
 
 
 def capacity_drop_rates(
-    layout: Export, plan: Plan, stats: Stats | None, source: Checkpoint
+    layout: Layout, plan: Plan, stats: Stats | None, source: Checkpoint
 ) -> dict[str, tuple[float, float]]:
     """Share of calibration tokens over capacity before and after, if routing follows the plan.
 
@@ -50,7 +50,7 @@ def capacity_drop_rates(
 
 def write_metadata(
     writer: CheckpointWriter,
-    layout: Export,
+    layout: Layout,
     sources: Sources,
     groups: list[dict],
     router: str,
@@ -77,7 +77,7 @@ def write_metadata(
 
 def write_factor_metadata(
     writer: CheckpointWriter,
-    layout: Export,
+    layout: Layout,
     source: Checkpoint,
     family: Family,
     plan: Plan,
@@ -104,7 +104,7 @@ def write_factor_metadata(
 
 def write_recovery_metadata(
     writer: CheckpointWriter,
-    layout: Export,
+    layout: Layout,
     source: Checkpoint,
     family: Family | None,
     plan: Plan | None,
@@ -167,7 +167,7 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("msmoe", "torch", "transformers")}
 
 
-def sizes(source: Checkpoint, layout: Export, plan: Plan | None, before: dict | None = None) -> dict:
+def sizes(source: Checkpoint, layout: Layout, plan: Plan | None, before: dict | None = None) -> dict:
     """Parameters and bytes of the original, as predicted, and as written."""
     original = {"num_parameters": source.num_parameters, "bytes": source.num_bytes}
     if before:
@@ -181,7 +181,7 @@ def sizes(source: Checkpoint, layout: Export, plan: Plan | None, before: dict | 
 
 def write_files(
     writer: CheckpointWriter,
-    layout: Export,
+    layout: Layout,
     family: Family | None,
     source: Checkpoint,
     plan: Plan | None,
@@ -193,8 +193,8 @@ def write_files(
         if small and file.name not in OWN_FILES and (file.suffix in KEPT_SUFFIXES or file.name.startswith("LICENSE")):
             writer.copy_file(file)
     if layout.kind == "exact" and family is not None:
-        for file in family.code_files():
-            writer.copy_file(file)
+        for name, text in family.code_files(source).items():
+            writer.write_text(name, text)
     writer.write_text("config.json", json.dumps(layout.config, indent=2) + "\n")
     if plan is not None:
         writer.write_text("plan.json", plan.to_json())

@@ -17,15 +17,15 @@ from msmoe.calibration.records import TokenRecord
 from msmoe.calibration.tokenizer import special_tokens
 from msmoe.compression.group import GroupReport, MovedInputs, Sources, merge_one
 from msmoe.errors import UserError
-from msmoe.families import Routing
-from msmoe.formats.layout import Export
+from msmoe.families.protocol import Routing
+from msmoe.formats.layout import Layout
 from msmoe.layer.expert import Expert
 from msmoe.layer.tokens import TokenSample
 
 BATCH_SIZE = 16
 
 
-def merge_sequentially(sources: Sources, layout: Export, data: str | Path) -> Iterator[tuple[Expert, GroupReport]]:
+def merge_sequentially(sources: Sources, layout: Layout, data: str | Path) -> Iterator[tuple[Expert, GroupReport]]:
     """Merge and refit every group, in the order of `layout.merged`; holds the model.
 
     Raises:
@@ -94,5 +94,5 @@ def moved_inputs(
 def install(sources: Sources, model: nn.Module, layer: str, members: tuple[int, ...], expert: Expert) -> None:
     """Give every member of a group the merged weights."""
     for member in members:
-        for key, values in zip(sources.family.expert_keys(layer, member), expert.tensors, strict=True):
-            model.get_parameter(key).copy_(values)
+        for part in sources.family.memory_parts(sources.checkpoint, layer, member):
+            part.place_in(model.get_parameter(part.key)).copy_(part.join(expert.weights))

@@ -1,11 +1,17 @@
-"""Architectures: the only place that knows Hugging Face names. One adapter per architecture, one table."""
+"""Architectures: the only place that knows Hugging Face names. Switch, and one adapter for every decoder family."""
 
 from msmoe.checkpoint.reader import Checkpoint
 from msmoe.errors import UserError
-from msmoe.families.protocol import ExpertKeys, Family, MoELayer, Routing
+from msmoe.families.generic import GENERIC
+from msmoe.families.protocol import Family, MoELayer
 from msmoe.families.switch import SwitchFamily
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (SwitchFamily(),)}
+FAMILIES: tuple[Family, ...] = (SwitchFamily(), GENERIC)
+
+
+def find_family(checkpoint: Checkpoint) -> Family | None:
+    """Adapter of an original or `exact` checkpoint; None for a dense sequence-to-sequence model."""
+    return next((family for family in FAMILIES if family.owns(checkpoint)), None)
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
@@ -15,7 +21,7 @@ def family_of(checkpoint: Checkpoint) -> Family:
         UserError: for an architecture without adapter, a compressed checkpoint, or one without MoE layer.
     """
     family = inspectable_family_of(checkpoint)
-    if checkpoint.model_type == family.compressed_model_type:
+    if family.is_exact(checkpoint):
         raise UserError(f"{checkpoint.path} is compressed already: start from its original")
     if not family.layers(checkpoint):
         raise UserError(f"{checkpoint.path} is not a Mixture-of-Experts model: it has no router")
@@ -28,11 +34,14 @@ def inspectable_family_of(checkpoint: Checkpoint) -> Family:
     Raises:
         UserError: for an architecture without adapter, or a checkpoint that contradicts itself.
     """
-    for family in FAMILIES.values():
-        if checkpoint.model_type in (family.model_type, family.compressed_model_type):
-            family.check(checkpoint)
-            return family
-    raise UserError(f"{checkpoint.path} is of architecture {checkpoint.model_type!r}; supported: {', '.join(FAMILIES)}")
+    family = find_family(checkpoint)
+    if family is None:
+        raise UserError(
+            f"{checkpoint.path} is of architecture {checkpoint.model_type!r}; supported: switch_transformers and the "
+            "decoders that `msmoe families` lists"
+        )
+    family.check(checkpoint)
+    return family
 
 
-__all__ = ["FAMILIES", "ExpertKeys", "Family", "MoELayer", "Routing", "family_of", "inspectable_family_of"]
+__all__ = ["FAMILIES", "Family", "MoELayer", "family_of", "find_family", "inspectable_family_of"]

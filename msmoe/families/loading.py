@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from msmoe.checkpoint.reader import FLOATS, Checkpoint
 from msmoe.errors import UserError, explain_library_errors, warn
-from msmoe.families import FAMILIES
+from msmoe.families import find_family
 from msmoe.formats.registration import register
 from msmoe.strict_json import read_object
 
@@ -125,9 +125,9 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
             f"{checkpoint.path / 'config.json'} has no decoder_start_token_id, with which every target begins: set it, "
             "for Switch Transformers and T5 to pad_token_id"
         )
-    for family in FAMILIES.values():
-        if checkpoint.model_type in (family.model_type, family.compressed_model_type):
-            family.check(checkpoint)
+    family = find_family(checkpoint)
+    if family is not None:
+        family.check(checkpoint)
     import torch
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
 

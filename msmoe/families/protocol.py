@@ -5,20 +5,23 @@ Shapes: B batch, S sequence, T tokens, E experts, D d_model, F d_ff.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from msmoe.checkpoint.reader import DTYPES, Checkpoint
-from msmoe.layer.stored import BIAS
+from msmoe.checkpoint.reader import DTYPES, Checkpoint, wider
+from msmoe.layer.stored import BIAS, StoredPart
 from msmoe.lowrank.shapes import FactorShape
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from msmoe.layer.expert import Expert
+    from msmoe.families.axes import SlicedTensor
+    from msmoe.layer.expert import Activation, Expert
+    from msmoe.layer.routing import Routed, Router
 
 
 @dataclass(frozen=True)
@@ -28,18 +31,24 @@ class MoELayer:
     An expert has two matrices, its front, all input matrices one below the other, and its output.
 
     Attributes:
-        dtypes: safetensors names of the dtypes of front and output; where the experts differ, of one that holds all.
-        roles: of an expert's weights, as `Expert.inputs` names them, and `output`, `output_bias`.
+        roles: of an expert's weights, as `Expert.weights` names and orders them.
+        dtypes: role -> safetensors dtype in which a stack of the experts holds every value.
         top_k: experts of a token.
+        num_groups: groups in which a group-limited router keeps the same number of experts; else 1.
+        merges: "" where experts can be merged, else why not.
+        refits: "" where an expert's output can be solved for, else why not.
     """
 
     name: str
     num_experts: int
     d_model: int
     d_ff: int
-    dtypes: ExpertKeys
+    dtypes: Mapping[str, str] = field(hash=False)
     roles: tuple[str, ...] = ("wi", "output")
     top_k: int = 1
+    num_groups: int = 1
+    merges: str = ""
+    refits: str = ""
 
     @property
     def front(self) -> str:
@@ -54,12 +63,23 @@ class MoELayer:
         return "wo" if "wi" in self.roles else "down_proj"
 
     @property
-    def matrices(self) -> tuple[str, str]:
-        return self.front, self.output
+    def matrices(self) -> dict[str, tuple[str, ...]]:
+        """The two matrices by name, and the roles of which each consists."""
+        inputs = tuple(role for role in self.roles if role != "output" and not role.endswith(BIAS))
+        return {self.front: inputs, self.output: ("output",)}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every weight by role, outputs first."""
+        wide, narrow = {"output": (self.d_model, self.d_ff)}, {"output" + BIAS: (self.d_model,)}
+        return {
+            role: narrow.get(role, (self.d_ff,)) if role.endswith(BIAS) else wide.get(role, (self.d_ff, self.d_model))
+            for role in self.roles
+        }
 
     def dtype(self, matrix: str) -> str:
         """Safetensors dtype in which a stack of the experts' front or output holds every value."""
-        return self.dtypes[self.matrices.index(matrix)]
+        return wider(*(self.dtypes[role] for role in self.matrices[matrix]))
 
     def itemsize(self, matrix: str) -> int:
         """Bytes of a value of the front or the output."""
@@ -69,15 +89,7 @@ class MoELayer:
         """Outputs and inputs of the front or the output."""
         if matrix == self.output:
             return self.d_model, self.d_ff
-        num_inputs = sum(role != "output" and not role.endswith(BIAS) for role in self.roles)
-        return num_inputs * self.d_ff, self.d_model
-
-
-class ExpertKeys(NamedTuple):
-    """Names of an expert's two tensors, or something else that there is one of for each."""
-
-    wi: str
-    wo: str
+        return len(self.matrices[matrix]) * self.d_ff, self.d_model
 
 
 class FactorKeys(NamedTuple):
@@ -87,6 +99,23 @@ class FactorKeys(NamedTuple):
     v: str
     s: str
     rows: str
+
+
+@dataclass(frozen=True)
+class ExactShape:
+    """What an `exact` export stores, for its configuration.
+
+    Attributes:
+        num_groups: of every MoE layer.
+        factors: layer -> matrix -> shape of the factors, for every factorised matrix.
+        num_rows: of every layer whose router lost rows; num_constants: of every layer with mean outputs. None leaves
+            what the configuration says.
+    """
+
+    num_groups: Mapping[str, int]
+    factors: Mapping[str, Mapping[str, FactorShape]]
+    num_rows: Mapping[str, int] | None = None
+    num_constants: Mapping[str, int] | None = None
 
 
 class Routing(NamedTuple):
@@ -99,17 +128,30 @@ class Routing(NamedTuple):
 
 
 class Family(Protocol):
-    """Adapter of one architecture."""
+    """Adapter of one architecture, or of many that are alike.
 
-    model_type: str
-    compressed_model_type: str  # of the `exact` export
+    Attributes:
+        exports: what can be written, the default first.
+        is_causal: whether the models are decoders that predict the next token.
+    """
+
+    exports: tuple[str, ...]
+    is_causal: bool
+
+    def owns(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint, original or `exact`, is of this architecture."""
+        ...
+
+    def is_exact(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint is an `exact` export."""
+        ...
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise `UserError` for a configuration or shapes that no model can have; reads headers and maps only."""
         ...
 
     def layers(self, checkpoint: Checkpoint) -> tuple[MoELayer, ...]:
-        """MoE layers in forward order, read from tensor names."""
+        """MoE layers in forward order, of an original checkpoint."""
         ...
 
     def stored_layers(self, checkpoint: Checkpoint) -> tuple[tuple[MoELayer, int], ...]:
@@ -124,90 +166,121 @@ class Family(Protocol):
         """Layers left as they are unless the user says otherwise."""
         ...
 
-    def expert_keys(self, layer: str, expert: int) -> ExpertKeys:
-        """Tensor names of one expert."""
+    # experts and routers of a checkpoint, original, `native` or `exact`
+
+    def parts(self, checkpoint: Checkpoint, layer: str, expert: int) -> tuple[StoredPart, ...]:
+        """Where the weights of an expert of an original or `native` checkpoint lie."""
         ...
 
-    def router_key(self, layer: str) -> str:
+    def parts_of(self, checkpoint: Checkpoint, layer: str, index: int, count: int) -> tuple[StoredPart, ...]:
+        """Where the expert `index` of `count` lies in a `native` export of the checkpoint."""
+        ...
+
+    def exact_parts(self, checkpoint: Checkpoint, layer: str, index: int, count: int) -> tuple[StoredPart, ...]:
+        """Where the stored expert `index` of `count` lies in an `exact` export of the checkpoint, or in one itself."""
+        ...
+
+    def behind(self, checkpoint: Checkpoint, layer: str, count: int) -> list[tuple[StoredPart, StoredPart]]:
+        """What lies behind the experts in their tensors: where it goes behind `count` of them, and where it lies."""
+        ...
+
+    def memory_parts(self, checkpoint: Checkpoint, layer: str, expert: int) -> tuple[StoredPart, ...]:
+        """Where the weights of an expert lie among the parameters of the loaded model."""
+        ...
+
+    def load_expert(self, checkpoint: Checkpoint, layer: str, index: int) -> Expert:
+        """A stored expert, float32; factors are multiplied out.
+
+        Raises:
+            UserError: for NaN and infinite values, naming the tensor.
+        """
+        ...
+
+    def sliced(self, checkpoint: Checkpoint) -> tuple[SlicedTensor, ...]:
+        """Every stored tensor with an entry per expert beside their weights: router rows, biases, selection biases."""
+        ...
+
+    def numbers(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """Tensors that hold numbers of experts as values -> their layer."""
+        ...
+
+    def renumbered(self, checkpoint: Checkpoint, layer: str, table: Tensor, kept: Sequence[int]) -> Tensor:
+        """Such a tensor after only some experts are left."""
+        ...
+
+    def router_key(self, checkpoint: Checkpoint, layer: str) -> str:
         """Tensor name of the router rows (E, D)."""
         ...
 
-    def router_bias_key(self, layer: str) -> str:
-        """Tensor name of the router biases (E,), stored by few checkpoints."""
+    def router(self, checkpoint: Checkpoint, layer: str) -> Router | None:
+        """The router of a layer; None where it needs more than hidden states."""
         ...
 
-    def stacked_keys(self, layer: str) -> ExpertKeys:
-        """Tensor names of a layer's experts in the `exact` export: wi (G, F, D), wo (G, D, F)."""
+    # exports
+
+    def check_export(self, checkpoint: Checkpoint, kind: str, kept: Mapping[str, Sequence[int]]) -> None:
+        """Raise `UserError` if an export cannot store a plan.
+
+        Args:
+            kept: of every MoE layer, the experts whose router rows stay.
+        """
         ...
 
-    def factor_keys(self, layer: str, matrix: str) -> FactorKeys:
-        """Tensor names that take the place of the stacked `matrix`, `wi` or `wo`, once it is factorised."""
+    def exact_config(self, checkpoint: Checkpoint, shape: ExactShape) -> dict:
+        """`config.json` of the `exact` export."""
         ...
 
-    def expert_map_key(self, layer: str) -> str:
-        """Tensor name of the map from experts to stored groups (E,) in the `exact` export."""
+    def native_config(self, checkpoint: Checkpoint, num_groups: int) -> dict:
+        """`config.json` of the `native` export."""
         ...
 
-    def constants_key(self, layer: str) -> str:
-        """Tensor name of the mean outputs (C, D) in place of experts in the `exact` export."""
+    def dense_config(self, checkpoint: Checkpoint) -> dict:
+        """`config.json` of the `dense` export."""
         ...
 
-    def dense_keys(self, layer: str) -> ExpertKeys:
-        """Tensor names of the one expert that a layer keeps in the `dense` export."""
+    def dense_parts(self, layer: str) -> tuple[StoredPart, ...]:
+        """Where the one expert that a layer keeps lies in the `dense` export."""
         ...
 
     def dense_name(self, name: str) -> str:
         """Name of any other tensor in the `dense` export."""
         ...
 
-    def exact_config(
-        self,
-        config: dict,
-        num_groups: dict[str, int],
-        factors: dict[str, dict[str, FactorShape]],
-        *,
-        num_rows: dict[str, int] | None = None,
-        num_constants: dict[str, int] | None = None,
-    ) -> dict:
-        """`config.json` of the `exact` export.
-
-        Args:
-            num_groups: of every MoE layer.
-            factors: layer -> `wi`, `wo` -> shape of the factors, for every factorised matrix.
-            num_rows: of every layer whose router lost rows; num_constants: of every layer with mean outputs. None
-                leaves what the configuration says.
-        """
+    def dropped(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """Tensors that no export of the checkpoint takes over -> why."""
         ...
 
-    def native_config(self, config: dict, num_groups: int) -> dict:
-        """`config.json` of the `native` export."""
+    def factor_keys(self, checkpoint: Checkpoint, layer: str, matrix: str) -> FactorKeys:
+        """Tensor names that take the place of a `matrix` of all stored experts once it is factorised."""
         ...
 
-    def dense_config(self, config: dict) -> dict:
-        """`config.json` of the `dense` export."""
+    def expert_map_key(self, checkpoint: Checkpoint, layer: str) -> str:
+        """Tensor name of the map from router rows to stored groups (E,) in the `exact` export."""
         ...
 
-    def code_files(self) -> tuple[Path, ...]:
-        """Modelling files that travel with an `exact` checkpoint."""
+    def constants_key(self, checkpoint: Checkpoint, layer: str) -> str:
+        """Tensor name of the mean outputs (C, D) in place of experts in the `exact` export."""
         ...
+
+    def code_files(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """Name -> content of the modelling files that travel with an `exact` export."""
+        ...
+
+    # the model
 
     def load_model(self, path: Path, *, dtype: torch.dtype) -> Any:
         """The transformers model in evaluation mode."""
         ...
 
     def forward(self, model: Any, batch: dict[str, Tensor]) -> Iterator[Tensor]:
-        """Run the stacks of a model over a batch of `input_ids` (B, S) and `labels` (B, S').
+        """Run the stacks of a model over a batch.
 
         Yields, before each stack runs, the mask (B, S) of the valid tokens of the routers inside it.
         """
         ...
 
-    def routers(self, model: nn.Module) -> dict[str, nn.Module]:
-        """Layer name -> router module."""
-        ...
-
-    def routing(self, inputs: tuple, outputs: tuple) -> Routing:
-        """Read a router's forward hook."""
+    def listen(self, model: nn.Module, hear: Callable[[str, Routed], None]) -> ExitStack:
+        """Hear the routing of every MoE layer of a model until the returned stack is closed."""
         ...
 
     def layer_output(self, outputs: Any) -> Tensor:
@@ -219,36 +292,41 @@ class Family(Protocol):
         ...
 
 
-MATRICES = ExpertKeys._fields  # wi, wo
-
-
-def load_stored_expert(family: Family, checkpoint: Checkpoint, layer: str, index: int) -> Expert:
-    """The expert stored at `index` of a layer, float32; factors are multiplied out.
+def read_expert(
+    checkpoint: Checkpoint,
+    parts: Sequence[StoredPart],
+    activation: Activation,
+    *,
+    factors: Mapping[str, FactorKeys] | None = None,
+    roles: Mapping[str, Sequence[str]] | None = None,
+    index: int = 0,
+) -> Expert:
+    """Read an expert from its parts, float32; a matrix that is not there is multiplied out from its factors.
 
     Args:
-        checkpoint: an original, `native` or `exact` checkpoint.
+        factors: matrix -> names of its factors, and `roles` of which it consists; `index` of the expert in them.
 
     Raises:
         UserError: for NaN and infinite values, naming the tensor.
     """
-    from msmoe.layer.expert import switch_expert
+    from msmoe.families.quantised import read_values
+    from msmoe.layer.expert import Expert
 
-    if checkpoint.model_type != family.compressed_model_type:
-        return load_expert(family, checkpoint, layer, index)
-    matrices = []
-    for matrix, key in zip(MATRICES, family.stacked_keys(layer), strict=True):
-        if key in checkpoint:
-            matrices.append(checkpoint.read_finite(key, index=index))
-            continue
-        *factors, rows = family.factor_keys(layer, matrix)
-        u, v, s = (checkpoint.read_finite(name, index=index) for name in factors)
-        matrices.append((u @ v).index_add(0, checkpoint.read(rows, index=index).long(), s))
-    return switch_expert(*matrices)
+    weights: dict[str, Tensor] = {}
+    for part in parts:
+        if part.key in checkpoint or not factors:
+            weights |= part.split(read_values(checkpoint, part))
+    for matrix, (*names, rows) in (factors or {}).items():
+        if roles[matrix][0] not in weights:
+            u, v, s = (checkpoint.read_finite(name, index=index) for name in names)
+            dense = (u @ v).index_add(0, checkpoint.read(rows, index=index).long(), s)
+            weights |= dict(zip(roles[matrix], dense.chunk(len(roles[matrix])), strict=True))
+    output, bias = weights.pop("output"), weights.pop("output" + BIAS, None)
+    return Expert(weights, output, bias, activation)
 
 
 def load_expert(family: Family, checkpoint: Checkpoint, layer: str, expert: int) -> Expert:
-    """One expert's weights in float32; NaN and infinite values raise `UserError` naming the tensor."""
-    from msmoe.layer.expert import switch_expert
+    return family.load_expert(checkpoint, layer, expert)
 
-    keys = family.expert_keys(layer, expert)
-    return switch_expert(checkpoint.read_finite(keys.wi), checkpoint.read_finite(keys.wo))
+
+load_stored_expert = load_expert

@@ -4,22 +4,46 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msmoe.checkpoint.reader import FLOATS, Checkpoint, wider
 from msmoe.errors import UserError
-from msmoe.families.protocol import MATRICES, ExpertKeys, FactorKeys, MoELayer, Routing
+from msmoe.families.axes import Axis, SlicedTensor
+from msmoe.families.protocol import ExactShape, FactorKeys, MoELayer, Routing, read_expert
 from msmoe.families.switch_checks import HOW_TO_LOAD, check_config, check_maps, check_shapes
-from msmoe.lowrank.shapes import FactorShape
+from msmoe.layer.stored import StoredPart
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from msmoe.layer.expert import Expert
+    from msmoe.layer.routing import SoftmaxTop1
+
 ROUTER_SUFFIX = "mlp.router.classifier.weight"
 ROUTER_PATTERN = re.compile(rf"((encoder|decoder)\.block\.(\d+)\.layer\.\d+\.mlp){re.escape(ROUTER_SUFFIX[3:])}")
+
+
+ROLES = ("wi", "output")
+
+
+class ExpertKeys(NamedTuple):
+    """Names of an expert's two tensors."""
+
+    wi: str
+    wo: str
+
+
+def single_parts(keys: ExpertKeys) -> tuple[StoredPart, ...]:
+    """An expert in two tensors of its own."""
+    return StoredPart(keys.wi, None, ("wi",)), StoredPart(keys.wo, None, ("output",))
+
+
+def bias_key(layer: str) -> str:
+    """Tensor name of the router biases (E,), stored by few checkpoints."""
+    return f"{layer}.router.classifier.bias"
 
 
 class SwitchFamily:
@@ -31,6 +55,15 @@ class SwitchFamily:
 
     model_type = "switch_transformers"
     compressed_model_type = "msmoe_switch_transformers"
+
+    exports = ("exact", "native", "dense")
+    is_causal = False
+
+    def owns(self, checkpoint: Checkpoint) -> bool:
+        return checkpoint.model_type in (self.model_type, self.compressed_model_type)
+
+    def is_exact(self, checkpoint: Checkpoint) -> bool:
+        return checkpoint.model_type == self.compressed_model_type
 
     def check(self, checkpoint: Checkpoint) -> None:
         check_config(checkpoint)
@@ -54,8 +87,8 @@ class SwitchFamily:
         found = [match for name in checkpoint if (match := ROUTER_PATTERN.fullmatch(name))]
         return sorted(found, key=lambda m: (m[2] != "encoder", int(m[3])))
 
-    def _expert_dtypes(self, checkpoint: Checkpoint, layer: str, num_experts: int) -> ExpertKeys:
-        """Dtypes that hold the `wi` and the `wo` of all experts of a layer."""
+    def _expert_dtypes(self, checkpoint: Checkpoint, layer: str, num_experts: int) -> dict[str, str]:
+        """Dtypes that hold the `wi` and the `wo` of all experts of a layer, by role."""
         found: list[set[str]] = [set(), set()]
         for e in range(num_experts):
             keys = self.expert_keys(layer, e)
@@ -65,7 +98,7 @@ class SwitchFamily:
                 dtypes.add(checkpoint.spec(key).dtype)
                 if checkpoint.spec(key).dtype not in FLOATS:
                     raise UserError(f"{key} is {checkpoint.spec(key).dtype}, expected one of {', '.join(FLOATS)}")
-        return ExpertKeys(*(wider(*dtypes) for dtypes in found))
+        return dict(zip(ROLES, (wider(*dtypes) for dtypes in found), strict=True))
 
     def stored_layers(self, checkpoint: Checkpoint) -> tuple[tuple[MoELayer, int], ...]:
         if checkpoint.model_type == self.model_type:
@@ -73,14 +106,15 @@ class SwitchFamily:
         stored = []
         for match in self._routers(checkpoint):
             num_experts, d_model = checkpoint.spec(match[0]).shape
-            wi, wo = (checkpoint.spec(self._first_part(checkpoint, match[1], matrix)) for matrix in MATRICES)
-            layer = MoELayer(match[1], num_experts, d_model, wi.shape[1], ExpertKeys(wi.dtype, wo.dtype))
+            wi, wo = (checkpoint.spec(self._first_part(checkpoint, match[1], matrix)) for matrix in ExpertKeys._fields)
+            dtypes = dict(zip(ROLES, (wi.dtype, wo.dtype), strict=True))
+            layer = MoELayer(match[1], num_experts, d_model, wi.shape[1], dtypes)
             stored.append((layer, wi.shape[0]))
         return tuple(stored)
 
     def _first_part(self, checkpoint: Checkpoint, layer: str, matrix: str) -> str:
         """Name of the stack of a matrix, or of the first of its factors."""
-        factors = self.factor_keys(layer, matrix)
+        factors = self.factor_keys(checkpoint, layer, matrix)
         return factors.u if factors.u in checkpoint else getattr(self.stacked_keys(layer), matrix)
 
     def part(self, name: str) -> str:
@@ -105,44 +139,97 @@ class SwitchFamily:
         prefix = f"{layer}.experts.expert_{expert}"
         return ExpertKeys(f"{prefix}.wi.weight", f"{prefix}.wo.weight")
 
-    def router_key(self, layer: str) -> str:
+    def parts(self, checkpoint: Checkpoint, layer: str, expert: int) -> tuple[StoredPart, ...]:
+        return single_parts(self.expert_keys(layer, expert))
+
+    def parts_of(self, checkpoint: Checkpoint, layer: str, index: int, count: int) -> tuple[StoredPart, ...]:
+        return self.parts(checkpoint, layer, index)
+
+    def exact_parts(self, checkpoint: Checkpoint, layer: str, index: int, count: int) -> tuple[StoredPart, ...]:
+        stacked = self.stacked_keys(layer)
+        return StoredPart(stacked.wi, index, ("wi",)), StoredPart(stacked.wo, index, ("output",))
+
+    def memory_parts(self, checkpoint: Checkpoint, layer: str, expert: int) -> tuple[StoredPart, ...]:
+        return self.parts(checkpoint, layer, expert)
+
+    def behind(self, checkpoint: Checkpoint, layer: str, count: int) -> list[tuple[StoredPart, StoredPart]]:
+        return []
+
+    def load_expert(self, checkpoint: Checkpoint, layer: str, index: int) -> Expert:
+        from msmoe.layer.expert import RELU
+
+        if not self.is_exact(checkpoint):
+            return read_expert(checkpoint, self.parts(checkpoint, layer, index), RELU)
+        factors = {matrix: self.factor_keys(checkpoint, layer, matrix) for matrix in ExpertKeys._fields}
+        roles = dict(zip(factors, ((role,) for role in ROLES), strict=True))
+        parts = self.exact_parts(checkpoint, layer, index, 1)
+        return read_expert(checkpoint, parts, RELU, factors=factors, roles=roles, index=index)
+
+    def sliced(self, checkpoint: Checkpoint) -> tuple[SlicedTensor, ...]:
+        layers = [match[1] for match in self._routers(checkpoint)]
+        keys = [(key, layer) for layer in layers for key in (self.router_key(checkpoint, layer), bias_key(layer))]
+        return tuple(SlicedTensor(key, ((layer, Axis(0, 1)),)) for key, layer in keys if key in checkpoint)
+
+    def numbers(self, checkpoint: Checkpoint) -> dict[str, str]:
+        return {}
+
+    def renumbered(self, checkpoint: Checkpoint, layer: str, table: Tensor, kept: Sequence[int]) -> Tensor:
+        raise ValueError("no tensor of a Switch Transformer names experts by number")
+
+    def router_key(self, checkpoint: Checkpoint, layer: str) -> str:
         return f"{layer}.router.classifier.weight"
 
-    def router_bias_key(self, layer: str) -> str:
-        return f"{layer}.router.classifier.bias"
+    def router(self, checkpoint: Checkpoint, layer: str) -> SoftmaxTop1:
+        from msmoe.layer.routing import SoftmaxTop1
+
+        bias = checkpoint.read_finite(bias_key(layer)) if bias_key(layer) in checkpoint else None
+        return SoftmaxTop1(checkpoint.read_finite(self.router_key(checkpoint, layer)), bias)
 
     def stacked_keys(self, layer: str) -> ExpertKeys:
         return ExpertKeys(f"{layer}.experts.wi", f"{layer}.experts.wo")
 
-    def factor_keys(self, layer: str, matrix: str) -> FactorKeys:
+    def factor_keys(self, checkpoint: Checkpoint, layer: str, matrix: str) -> FactorKeys:
         return FactorKeys(*(f"{layer}.experts.{matrix}.{part}" for part in ("U", "V", "S", "rows")))
 
-    def expert_map_key(self, layer: str) -> str:
+    def expert_map_key(self, checkpoint: Checkpoint, layer: str) -> str:
         return f"{layer}.expert_map"
 
-    def constants_key(self, layer: str) -> str:
+    def constants_key(self, checkpoint: Checkpoint, layer: str) -> str:
         return f"{layer}.experts.constants"
 
-    def dense_keys(self, layer: str) -> ExpertKeys:
+    def dense_parts(self, layer: str) -> tuple[StoredPart, ...]:
         dense = layer.removesuffix("mlp") + "DenseReluDense"
-        return ExpertKeys(f"{dense}.wi.weight", f"{dense}.wo.weight")
+        return single_parts(ExpertKeys(f"{dense}.wi.weight", f"{dense}.wo.weight"))
 
     def dense_name(self, name: str) -> str:
         return name.replace(".mlp.wi.", ".DenseReluDense.wi.").replace(".mlp.wo.", ".DenseReluDense.wo.")
 
-    def exact_config(
-        self,
-        config: dict,
-        num_groups: dict[str, int],
-        factors: dict[str, dict[str, FactorShape]],
-        *,
-        num_rows: dict[str, int] | None = None,
-        num_constants: dict[str, int] | None = None,
-    ) -> dict:
-        shapes = {
-            layer: {matrix: list(shape) for matrix, shape in matrices.items()} for layer, matrices in factors.items()
+    def check_export(self, checkpoint: Checkpoint, kind: str, kept: Mapping[str, Sequence[int]]) -> None:
+        counts = {name: len(experts) for name, experts in kept.items()}
+        if kind == "exact":
+            return
+        if kind == "dense" and set(counts.values()) != {1}:
+            raise UserError(
+                "--export dense needs one expert in every MoE layer: plan with --experts 1 --keep-layer none"
+            )
+        if len(set(counts.values())) > 1:
+            shown = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise UserError(
+                "--export native needs the same number of experts in every MoE layer: plan with "
+                f"--budget uniform --keep-layer none (the plan has {shown})"
+            )
+        if kind == "native" and any(bias_key(name) in checkpoint for name in counts):
+            raise UserError("--export native does not support router biases: use --export exact")
+
+    def dropped(self, checkpoint: Checkpoint) -> dict[str, str]:
+        return {}
+
+    def exact_config(self, checkpoint: Checkpoint, shape: ExactShape) -> dict:
+        factors = {
+            layer: {matrix: list(sizes) for matrix, sizes in matrices.items()}
+            for layer, matrices in shape.factors.items()
         }
-        return config | {
+        return checkpoint.config | {
             "model_type": self.model_type,
             "compressed_model_type": self.compressed_model_type,
             "dense_act_fn": HOW_TO_LOAD,
@@ -152,20 +239,22 @@ class SwitchFamily:
                 "AutoModel": "modeling_msmoe.MsmoeSwitchModel",
                 "AutoModelForSeq2SeqLM": "modeling_msmoe.MsmoeSwitchForConditionalGeneration",
             },
-            "moe_layers": num_groups,
-            **({"factors": shapes} if shapes else {}),
-            **({"router_rows": num_rows} if num_rows else {}),
-            **({"constants": num_constants} if num_constants else {}),
+            "moe_layers": dict(shape.num_groups),
+            **({"factors": factors} if factors else {}),
+            **({"router_rows": dict(shape.num_rows)} if shape.num_rows else {}),
+            **({"constants": dict(shape.num_constants)} if shape.num_constants else {}),
         }
 
-    def native_config(self, config: dict, num_groups: int) -> dict:
+    def native_config(self, checkpoint: Checkpoint, num_groups: int) -> dict:
+        config = checkpoint.config
         num_experts, capacity = config.get("num_experts", 8), config.get("expert_capacity", 64)
         return config | {
             "num_experts": num_groups,
             "expert_capacity": math.ceil(capacity * num_experts / num_groups),
         }
 
-    def dense_config(self, config: dict) -> dict:
+    def dense_config(self, checkpoint: Checkpoint) -> dict:
+        config = checkpoint.config
         shared = {
             "vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_decoder_layers": 12,
             "num_heads": 12, "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
@@ -181,9 +270,10 @@ class SwitchFamily:
             "scale_decoder_outputs": kept["tie_word_embeddings"],
         }
 
-    def code_files(self) -> tuple[Path, ...]:
+    def code_files(self, checkpoint: Checkpoint) -> dict[str, str]:
         folder = Path(__file__).parent.parent / "formats" / "modeling"
-        return folder / "configuration_msmoe.py", folder / "modeling_msmoe.py"
+        names = "configuration_msmoe.py", "modeling_msmoe.py"
+        return {name: (folder / name).read_text(encoding="utf-8") for name in names}
 
     def load_model(self, path: Path, *, dtype: torch.dtype) -> Any:
         from msmoe.families.loading import load

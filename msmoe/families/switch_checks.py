@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from msmoe.checkpoint.reader import Checkpoint
 from msmoe.errors import UserError
-from msmoe.families.protocol import MATRICES
 from msmoe.strict_json import shown
 
 if TYPE_CHECKING:
@@ -148,14 +147,14 @@ def check_maps(family: Family, checkpoint: Checkpoint) -> None:
         if (config.get("moe_layers") or {}).get(layer.name) != num_stored:
             raise UserError(f"{place}: moe_layers must say {num_stored} for {layer.name}, as many as are stored")
         targets = num_stored + (config.get("constants") or {}).get(layer.name, 0)
-        key = family.expert_map_key(layer.name)
+        key = family.expert_map_key(checkpoint, layer.name)
         if checkpoint.spec(key).shape != (layer.num_experts,):
             raise UserError(f"{key} has shape {list(checkpoint.spec(key).shape)}, the router {layer.num_experts} rows")
         for row, target in enumerate(checkpoint.read_integers(key)):
             if not 0 <= target < targets:
                 raise UserError(f"{key} sends row {row} to expert {target}; experts are 0 to {targets - 1}")
-        for matrix in MATRICES:
-            rows = family.factor_keys(layer.name, matrix).rows
+        for matrix in layer.matrices:
+            rows = family.factor_keys(checkpoint, layer.name, matrix).rows
             num_outputs = layer.shape(matrix)[0]
             if rows in checkpoint and any(not 0 <= row < num_outputs for row in checkpoint.read_integers(rows)):
                 raise UserError(f"{rows} names a row that is not there; rows are 0 to {num_outputs - 1}")

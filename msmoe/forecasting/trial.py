@@ -13,7 +13,7 @@ from msmoe.checkpoint import to_dtype
 from msmoe.compression.group import Sources, merge_one, routed_inputs
 from msmoe.compression.layer_errors import LayerFunction, Routed, read_layer, relative_errors, route, run_layer
 from msmoe.families import MoELayer
-from msmoe.formats.layout import Export
+from msmoe.formats.layout import Layout
 from msmoe.layer.expert import Expert
 from msmoe.layer.tokens import TokenSample
 from msmoe.merge import merge_group, refit_output
@@ -133,7 +133,7 @@ class Trial:
             return self.experts[group.sole]
         if parameters["rule"] != "average" or parameters["align_to"] == "mean" or parameters["canonical"]:
             sources = Sources(self.planner.family, self.planner.source, plan, self.planner.stats)
-            return merge_one(sources, Export("exact", {}), self.layer.name, g)[0]
+            return merge_one(sources, Layout("exact", {}), self.layer.name, g)[0]
         reference = 0 if parameters["align_to"] == "first" else group.dominant
         load = lambda member: self.aligned(member, reference, parameters["align"])
         expert = merge_group(group.members, group.weights, load, reference=reference, alignment="none").expert

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
-from msmoe.families import FAMILIES, family_of
+from msmoe.families import family_of, find_family
 from msmoe.families.loading import check_complete, load
 from msmoe.families.protocol import load_stored_expert
 
@@ -50,10 +50,12 @@ def trial(model: Any) -> Tensor:
 def has_reference(original: Path, compressed: Path) -> bool:
     """Whether a stock model stands for an `exact` export: its routers kept their rows, and its original is small."""
     source, target = Checkpoint(original), Checkpoint(compressed)
-    if target.model_type not in {family.compressed_model_type for family in FAMILIES.values()}:
+    family = find_family(target)
+    if family is None or not family.is_exact(target):
         return False
     changed = bool(target.config.get("router_rows") or target.config.get("constants"))
-    is_original = source.model_type in FAMILIES
+    origin = find_family(source)
+    is_original = origin is not None and not origin.is_exact(source)
     return is_original and not changed and 4 * source.num_parameters <= TRIED_BYTES
 
 
@@ -70,11 +72,11 @@ def reference_model(original: str | Path, compressed: str | Path) -> nn.Module:
     family = family_of(source)
     model = family.load_model(source.path, dtype=torch.float32)
     for layer in family.layers(source):
-        mapping = target.read(family.expert_map_key(layer.name)).tolist()
-        if len(mapping) < layer.num_experts or family.constants_key(layer.name) in target:
+        mapping = target.read(family.expert_map_key(target, layer.name)).tolist()
+        if len(mapping) < layer.num_experts or family.constants_key(target, layer.name) in target:
             raise UserError(f"no stock model stands for {target.path}: {layer.name} has removed experts")
         stored = {g: load_stored_expert(family, target, layer.name, g) for g in set(mapping)}
         for e, g in enumerate(mapping):
-            for key, values in zip(family.expert_keys(layer.name, e), stored[g].tensors, strict=True):
-                model.get_parameter(key).copy_(values)
+            for part in family.memory_parts(source, layer.name, e):
+                part.place_in(model.get_parameter(part.key)).copy_(part.join(stored[g].weights))
     return model

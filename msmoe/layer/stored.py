@@ -7,13 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 BIAS = "_bias"  # what the name of a bias adds to that of its matrix
+
+
+class Place(NamedTuple):
+    """A stored tensor, or a slice of its leading axis: the entry at `index`, or as many `rows`."""
+
+    tensor: str
+    index: int | None = None
+    rows: int = 0
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the place in a tensor of some shape."""
+        if self.index is None:
+            return tuple(shape)
+        return (self.rows, *shape[1:]) if self.rows else tuple(shape[1:])
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,9 @@ class StoredPart:
         companions: tensors that travel with it and give it its values, e.g. scales: name -> position on their leading
             axis, None for a tensor of the expert's own.
         encoding: `plain`, or how the values are quantised: `fp8`, `mxfp4`.
+        rows: of the leading axis that belong to an `index`, where experts lie one below the other in a matrix; 0 where
+            the leading axis counts experts.
+        behind: entries of the leading axis behind those of the experts: of shared experts, or ones without weights.
     """
 
     key: str
@@ -39,6 +56,26 @@ class StoredPart:
     interleaved: bool = False
     companions: tuple[tuple[str, int | None], ...] = ()
     encoding: str = "plain"
+    rows: int = 0
+    behind: int = 0
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Every stored tensor that takes part, and the slice of it that does."""
+        return Place(self.key, self.index, self.rows), *(Place(name, index) for name, index in self.companions)
+
+    def place_in(self, tensor: Tensor) -> Tensor:
+        """The slice of a tensor that this part takes, a view of it."""
+        if self.index is None:
+            return tensor
+        start = self.index * self.rows
+        return tensor[start : start + self.rows] if self.rows else tensor[self.index]
+
+    def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """Shape of this part by the shapes of the weights in it, outputs first."""
+        first = shapes[self.roles[0]]
+        outputs = sum(shapes[role][0] for role in self.roles)
+        return (first[1], outputs) if self.transposed and len(first) > 1 else (outputs, *first[1:])
 
     def split(self, stored: Tensor) -> dict[str, Tensor]:
         """The weights in a stored tensor, outputs first: inputs (F, D), output (D, F), biases (F,) or (D,)."""

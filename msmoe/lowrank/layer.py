@@ -79,10 +79,8 @@ class FactorSources:
         sample: TokenSample = stats.tokens()
         weights, held_out, expert, gate = sample.weights(stats.dispatched), sample.held_out, sample.expert, sample.gate
         if len(mapping) < stats.num_experts:
-            rows, bias = self.checkpoint.read_finite(self.family.router_key(layer)), self.family.router_bias_key(layer)
-            logits = sample.inputs @ rows.T
-            logits = logits + self.checkpoint.read_finite(bias) if bias in self.checkpoint else logits
-            gate, expert = logits.softmax(-1).max(-1)
+            router = self.family.router(self.checkpoint, layer)
+            gate, expert = router.logits(sample.inputs).softmax(-1).max(-1)
         stored = mapping[expert]
         return [
             ExpertTokens(sample.inputs[mine], gate[mine], weights[mine], held_out[mine])

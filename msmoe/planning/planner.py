@@ -17,8 +17,7 @@ from msmoe.checkpoint import Checkpoint
 from msmoe.compression.router import ROUTERS
 from msmoe.errors import UserError
 from msmoe.families import Family, MoELayer, family_of
-from msmoe.families.protocol import load_expert
-from msmoe.formats.layout import EXPORTS, build_export
+from msmoe.formats.build import EXPORTS, build_export
 from msmoe.lowrank.choose import check_budget, check_rank, expert_bytes, fixed_shapes
 from msmoe.planning.grouping import REAM_CAPACITY, assign_to_kept, dominant_experts, group_counts, group_experts
 from msmoe.planning.methods import (
@@ -146,8 +145,8 @@ class Planner:
 
     def _has_several_dtypes(self, layer: MoELayer) -> bool:
         """Whether the experts of a layer differ in the dtype of a matrix."""
-        keys = [self.family.expert_keys(layer.name, e) for e in range(layer.num_experts)]
-        return any(len({self.source.spec(key).dtype for key in matrix}) > 1 for matrix in zip(*keys, strict=True))
+        parts = [self.family.parts(self.source, layer.name, e) for e in range(layer.num_experts)]
+        return any(len({self.source.spec(part.key).dtype for part in same}) > 1 for same in zip(*parts, strict=True))
 
     def compressible(self, keep_layers: list[str] | None) -> list[MoELayer]:
         """The MoE layers that are not kept as they are."""
@@ -188,14 +187,12 @@ class Planner:
     def view(self, name: str) -> LayerView:
         """What similarities and searches may look at of a layer."""
         if name not in self._views:
-            bias = self.family.router_bias_key(name)
+            router = self.family.router(self.source, name)
             self._views[name] = LayerView(
                 stats=self.stats.layers[name],
-                router=self.source.read_finite(self.family.router_key(name)),
-                bias=self.source.read_finite(bias)
-                if (bias := self.family.router_bias_key(name)) in self.source
-                else None,
-                expert=lambda expert: load_expert(self.family, self.source, name, expert),
+                router=router.rows,
+                bias=router.bias,
+                expert=lambda expert: self.family.load_expert(self.source, name, expert),
             )
         return self._views[name]
 
@@ -308,8 +305,9 @@ def sketched_bytes(
 
 def bytes_of_experts(family: Family, checkpoint: Checkpoint, layer: MoELayer) -> int:
     """Bytes of the experts of a layer as they are."""
-    keys = [key for e in range(layer.num_experts) for key in family.expert_keys(layer.name, e)]
-    return sum(checkpoint.spec(key).num_bytes for key in keys)
+    parts = [part for e in range(layer.num_experts) for part in family.parts(checkpoint, layer.name, e)]
+    names = {place.tensor for part in parts for place in part.places}
+    return sum(checkpoint.spec(name).num_bytes for name in names)
 
 
 def merged_size(checkpoint: Checkpoint, share: float, *, keep_layers: list[str] | None = None) -> dict[str, int]:

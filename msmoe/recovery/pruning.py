@@ -125,7 +125,7 @@ def factorize_student(source: Checkpoint, family: Family | None, model: Any, opt
     """
     if options.rank is None:
         return {}
-    if family is None or source.model_type != family.compressed_model_type:
+    if family is None or not family.is_exact(source):
         raise UserError(f"--rank needs an exact checkpoint of msmoe as student; {source.path} is none")
     if source.config.get("factors"):
         raise UserError(f"{source.path} is factorised already: --keep-rows alone prunes its rows")

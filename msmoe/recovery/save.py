@@ -8,8 +8,9 @@ from msmoe.checkpoint import Checkpoint, TensorSpec
 from msmoe.checkpoint.writer import CheckpointWriter
 from msmoe.compression.provenance import read_provenance, write_recovery_metadata
 from msmoe.families import Family
-from msmoe.formats.layout import Export, Slot
+from msmoe.formats.layout import Copy, Layout
 from msmoe.formats.verify import check_written
+from msmoe.layer.stored import Place
 from msmoe.planning.plan import Plan
 
 
@@ -37,15 +38,17 @@ def write_recovered(
         parameters and bytes written.
     """
     before = read_provenance(source)
-    compressed = family is not None and source.model_type == family.compressed_model_type
+    compressed = family is not None and family.is_exact(source)
     kind = "exact" if compressed else before.get("export", "original")
-    layout = Export(kind, dict(source.config))
+    layout = Layout(kind, dict(source.config))
     dropped: dict[str, str] = {}
     for layer, matrices in factors.items():
         assert family is not None
+        stacks = {part.roles: part.key for part in family.exact_parts(source, layer, 0, 1)}
+        roles = next(known.matrices for known, _ in family.stored_layers(source) if known.name == layer)
         for matrix in matrices:
-            for name in family.factor_keys(layer, matrix):
-                dropped[name] = getattr(family.stacked_keys(layer), matrix)
+            for name in family.factor_keys(source, layer, matrix):
+                dropped[name] = stacks[roles[matrix]]
     for name in source:
         spec = source.spec(name)
         if family is not None and family.part(name) in ("expert maps", "row indices"):
@@ -55,19 +58,19 @@ def write_recovered(
         shape = tuple(tensors[name].shape) if name in tensors else spec.shape
         layout.tensors.append(TensorSpec(name, spec.dtype, shape))
         if name not in tensors:
-            layout.copies.append((Slot(name), name))
+            layout.copies.append(Copy(Place(name), Place(name)))
     for name, stack in dropped.items():
         is_index = not tensors[name].is_floating_point()
         dtype = "I32" if is_index else source.spec(stack).dtype
         layout.tensors.append(TensorSpec(name, dtype, tuple(tensors[name].shape)))
         layout.indices |= {name} if is_index else set()
-    update_factors(layout, family, factors)
+    update_factors(layout, source, family, factors)
     plan = carried_plan(source)
     with CheckpointWriter(
         out, layout.tensors, identity="recovered", force=force, inputs=[source.path], check=check_written
     ) as writer:
-        for slot, name in layout.copies:
-            writer.copy(slot.tensor, source, name)
+        for target, given in layout.copies:
+            writer.copy_place(target, source, given)
         for spec in layout.tensors:
             if spec.name in tensors:
                 writer.write(spec.name, tensors[spec.name])
@@ -81,7 +84,7 @@ def carried_plan(source: Checkpoint) -> Plan | None:
     return Plan.load(file) if file.exists() else None
 
 
-def update_factors(layout: Export, family: Family | None, factors: dict) -> None:
+def update_factors(layout: Layout, source: Checkpoint, family: Family | None, factors: dict) -> None:
     """Make the configuration state the shapes of the factors that the layout stores."""
     if family is None:
         return
@@ -91,7 +94,7 @@ def update_factors(layout: Export, family: Family | None, factors: dict) -> None
     stored = {spec.name: spec.shape for spec in layout.tensors}
     for layer, matrices in shapes.items():
         for matrix in matrices:
-            keys = family.factor_keys(layer, matrix)
+            keys = family.factor_keys(source, layer, matrix)
             matrices[matrix] = [stored[keys.u][-1], stored[keys.s][1]]
     if shapes:
         layout.config["factors"] = shapes

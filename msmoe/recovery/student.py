@@ -12,7 +12,7 @@ from msmoe.calibration.batches import IGNORE
 from msmoe.calibration.tokenizer import load_tokenizer
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
-from msmoe.families import FAMILIES, Family
+from msmoe.families import Family
 from msmoe.recovery.options import RecoverOptions
 
 
@@ -38,14 +38,6 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     """Share of the learning rate at a step, counted from 0: linear rise, then linear fall to 0 at the end."""
     rise = int(warmup * steps)
     return (step + 1) / (rise + 1) if step < rise else (steps - step) / (steps - rise)
-
-
-def family_of_student(source: Checkpoint) -> Family | None:
-    """Adapter of a Switch checkpoint, original or compressed; None for a dense one."""
-    for family in FAMILIES.values():
-        if source.model_type in (family.model_type, family.compressed_model_type):
-            return family
-    return None
 
 
 def trainable_parameters(model: Any, family: Family | None, train: str) -> dict[str, nn.Parameter]:

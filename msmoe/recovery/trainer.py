@@ -27,6 +27,7 @@ from msmoe.calibration.tokenizer import special_tokens
 from msmoe.checkpoint import Checkpoint
 from msmoe.compression.provenance import read_provenance
 from msmoe.errors import UserError
+from msmoe.families import find_family
 from msmoe.families.loading import load
 from msmoe.files import explain_os_errors
 from msmoe.places import CHECKPOINT, check_place
@@ -44,7 +45,6 @@ from msmoe.recovery.student import (
     aliases,
     check_same_blocks,
     check_same_vocabulary,
-    family_of_student,
     forward,
     schedule,
     trainable_parameters,
@@ -81,7 +81,7 @@ class Trainer:
                 check_same_blocks(self.source, self.teacher_source)
             if cache_teacher and options.hidden_weight:
                 raise UserError("--cache-teacher keeps no hidden states: drop it, or --hidden-weight")
-        self.family = family_of_student(self.source)
+        self.family = find_family(self.source)
         read_provenance(self.source)  # damage is found before the training, not after it
         carried_plan(self.source)
         self.train_records, self.held_out = load_split(self.source, data, validation, options)
