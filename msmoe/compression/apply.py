@@ -285,6 +285,15 @@ def copy_tensors(writer: CheckpointWriter, layout: Layout, source: Checkpoint) -
             writer.copy_place(target, source, given)
 
 
+def write_cut(writer: CheckpointWriter, layout: Layout, family: Family, source: Checkpoint) -> None:
+    """The tensors that lose the entries of experts, but for rows that are computed, and those that renumber them."""
+    for tensor, kept in layout.cut:
+        if tensor.name not in layout.routers.values():
+            writer.write(tensor.name, tensor.select(source.read(tensor.name), kept))
+    for name, layer, kept in layout.renumbered:
+        writer.write(name, family.renumbered(source, layer, source.read(name), kept))
+
+
 def write_routers(writer: CheckpointWriter, layout: Layout, sources: Sources, kind: str) -> dict[str, RouterFit]:
     """Maps and mean outputs of the `exact` export, routers without the rows of removed experts, reduced routers."""
     plan, family = sources.plan, sources.family
@@ -292,12 +301,7 @@ def write_routers(writer: CheckpointWriter, layout: Layout, sources: Sources, ki
         layer_plan = plan.layers.get(layer)
         mapping = layer_plan.routes(plan.parameters).targets if layer_plan else range(writer.specs[name].shape[0])
         writer.write(name, torch.tensor(list(mapping)))
-    for tensor, kept in layout.cut:
-        if tensor.name not in layout.routers.values():
-            writer.write(tensor.name, tensor.select(sources.checkpoint.read(tensor.name), kept))
-    for name, layer, kept in layout.renumbered:
-        table = sources.checkpoint.read(name)
-        writer.write(name, family.renumbered(sources.checkpoint, layer, table, kept))
+    write_cut(writer, layout, family, sources.checkpoint)
     for layer, name in layout.constants.items():
         assert sources.stats is not None
         constants = plan.layers[layer].routes(plan.parameters).constants

@@ -92,5 +92,5 @@ def real_choices(experts: Tensor, weights: Tensor, block: Block) -> tuple[Tensor
         return experts, real
     taken = torch.zeros(len(experts), block.num_experts + 1, dtype=torch.bool, device=experts.device)
     taken.scatter_(1, torch.where(real, experts, block.num_experts), True)
-    free = taken[:, :-1].int().argsort(-1, stable=True)
+    free = taken[:, :-1].int().argsort(dim=-1, stable=True)
     return torch.where(real, experts, free.gather(1, (~real).cumsum(-1).sub(1).clamp_min(0))), real
