@@ -32,7 +32,10 @@ WORDS = {
 @click.option("--out", type=click.Path(path_type=Path), help="Plan file to write; not needed with --dry-run.")
 @add_options(PLAN_OPTIONS)
 @add_options(FACTOR_OPTIONS)
-@click.option("--export", default="exact", show_default=True, help="Export for which size is predicted.")
+@click.option(
+    "--export",
+    help="Export that the plan is for; its size is predicted. Default: exact for Switch, native for decoders.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and its predicted size, write nothing.")
 @seed_option
 @force_option

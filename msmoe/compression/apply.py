@@ -29,7 +29,7 @@ from msmoe.errors import UserError
 from msmoe.families import Family, family_of
 from msmoe.families.loading import check_complete
 from msmoe.files import Output
-from msmoe.formats.build import build_export
+from msmoe.formats.build import EXPORTS, build_export
 from msmoe.formats.layout import Layout
 from msmoe.formats.verify import check_written
 from msmoe.layer.expert import Expert
@@ -98,7 +98,7 @@ def apply(
     *,
     stats: Stats | str | Path | None = None,
     data: str | Path | None = None,
-    export: str = "exact",
+    export: str | None = None,
     router: str = "fit",
     force: bool = False,
     resume: bool = False,
@@ -114,7 +114,7 @@ def apply(
         out: folder to write; complete or absent at any moment.
         stats: needed by plans with refit or activation alignment, and by the `fit` router.
         data: calibration data, needed by plans with sequential refit.
-        export: `exact`, `native` or `dense`.
+        export: `exact`, `native` or `dense`; by default the family's own, `exact` for Switch and `native` for decoders.
         router: rows of a `native` router: `fit`, `dominant` or `mean`.
         force: replace an existing `out`.
         resume: finish what a killed run left.
@@ -134,6 +134,7 @@ def apply(
     plan.check_against(source, family.layers(source))
     check_parameters(plan.parameters)
     choose("router", router, ROUTERS)
+    export = choose("export", export or family.exports[0], EXPORTS)
     plan = predict(family, source, plan, export=export)
     how = {
         "data": data, "export": export, "router": router, "max_shard_bytes": max_shard_bytes, "workers": workers,

@@ -76,6 +76,11 @@ class Parameters:
     row_score: Literal["activation", "magnitude"] = "activation"
 
     @property
+    def loses_rows(self) -> bool:
+        """Whether routers lose the rows of experts that are not kept, whatever the export."""
+        return self.routing == "dominant" or self.others == "remove"
+
+    @property
     def factors(self) -> FactorOptions | None:
         """How the merged experts are factorised; None if they are not."""
         if all(getattr(self, name) is None for name in SIZES):

@@ -3,8 +3,9 @@
 Shapes: E experts.
 """
 
+import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from msmoe.calibration.stats import Stats
 from msmoe.checkpoint import Checkpoint
 from msmoe.compression.router import ROUTERS
-from msmoe.errors import UserError
+from msmoe.errors import UserError, warn
 from msmoe.families import Family, MoELayer, family_of
 from msmoe.formats.build import EXPORTS, build_export
 from msmoe.lowrank.choose import check_budget, check_rank, expert_bytes, fixed_shapes
@@ -36,6 +37,8 @@ from msmoe.planning.similarity import LayerView, similarity
 from msmoe.planning.sizes import Choices, settle
 from msmoe.planning.subset import SubsetErrors, best_subset
 
+RANKS = 4  # devices that should be able to share the experts of a layer equally
+
 
 def plan(
     checkpoint: str | Path,
@@ -44,7 +47,8 @@ def plan(
     method: str = "m-smoe-refit",
     keep_layers: list[str] | None = None,
     seed: int = 0,
-    export: str = "exact",
+    export: str | None = None,
+    round_to: int = 1,
     **choices,
 ) -> Plan:
     """Decide which experts of a checkpoint are kept and what becomes of the others.
@@ -55,7 +59,9 @@ def plan(
         method: a key of `METHODS`.
         keep_layers: layers left as they are; by default the first MoE layer of the encoder, `["none"]` for none.
         seed: for seeded scores, groupings and similarities.
-        export: the export for which size is predicted.
+        export: the export that the plan is for: its size is predicted, and what it can hold is kept to. By default the
+            family's own, `exact` for Switch and `native` for decoders.
+        round_to: keep a multiple of so many experts in each layer, rounded up, so that ranks can share them equally.
         **choices: any attribute of `Parameters`, in place of the method's default. `experts` may be a share such as
             `"25%"`. `target_size`, such as `"500MB"` or `"50%"` of the input, takes its place: the most experts whose
             written bytes fit are kept; a method that factorises gets the largest rank that fits.
@@ -65,7 +71,7 @@ def plan(
             impossible number of experts or size.
     """
     planner = Planner(checkpoint, stats)
-    return planner.plan(method, keep_layers=keep_layers, seed=seed, export=export, **choices)
+    return planner.plan(method, keep_layers=keep_layers, seed=seed, export=export, round_to=round_to, **choices)
 
 
 @dataclass(frozen=True)
@@ -101,37 +107,59 @@ class Planner:
         *,
         keep_layers: list[str] | None = None,
         seed: int = 0,
-        export: str = "exact",
+        export: str | None = None,
+        round_to: int = 1,
         **choices,
     ) -> Plan:
         """As `msmoe.plan`."""
-        asked = {"keep_layers": keep_layers, "seed": seed}
+        export = choose("export", export or self.family.exports[0], EXPORTS)
+        choices = with_defaults(self.family, export, choices)
+        asked = {"keep_layers": keep_layers, "seed": seed, "round_to": round_to}
         if export != "exact" and any(map(self._has_several_dtypes, self.layers)):  # then it matters which ones stay
             predicted: Callable[[Choices], int] = lambda tried: predict(
-                self.family, self.source, self.decide(method, **asked, **tried), export=export
+                self.family, self.source, self.decide(method, export=export, **asked, **tried), export=export
             ).predicted["bytes"]
         else:
             predicted = lambda tried: self.predicted_bytes(method, export=export, **asked, **tried)
         layers = self.compressible(keep_layers)
         settled, target = settle(method, choices, layers, self.source.num_bytes, predicted)
-        decided = self.decide(method, keep_layers=keep_layers, seed=seed, **settled)
+        decided = self.decide(method, export=export, **asked, **settled)
         if target is not None:
             decided = replace(decided, parameters=decided.parameters | {"target_size": target})
         return predict(self.family, self.source, decided, export=export)
 
-    def decide(self, method: str, *, keep_layers: list[str] | None = None, seed: int = 0, **choices) -> Plan:
+    def decide(
+        self,
+        method: str,
+        *,
+        keep_layers: list[str] | None = None,
+        seed: int = 0,
+        export: str = "exact",
+        round_to: int = 1,
+        **choices,
+    ) -> Plan:
         """The plan without the size that it will have."""
-        request = self._request(method, keep_layers, seed, choices)
+        request = self._request(method, keep_layers, seed, round_to, choices)
+        check_held(self.family, self.source, export, request.counts.values())
+        num_groups = {layer.name: layer.num_groups for layer in self.layers}
         planned, notes = {}, {}
         for name, count in request.counts.items():
             view = replace(self.view(name), seed=request.seeds[name])
-            planned[name], note = plan_layer(view, name, request.scores[name], count, request.parameters)
+            groups = num_groups[name] if export == "native" or request.parameters.loses_rows else 1
+            planned[name], note = plan_layer(view, name, request.scores[name], count, request.parameters, groups)
             if note:
                 notes[name] = note
         return self._plan(request, planned, notes)
 
     def predicted_bytes(
-        self, method: str, *, keep_layers: list[str] | None = None, seed: int = 0, export: str = "exact", **choices
+        self,
+        method: str,
+        *,
+        keep_layers: list[str] | None = None,
+        seed: int = 0,
+        export: str = "exact",
+        round_to: int = 1,
+        **choices,
     ) -> int:
         """Bytes that a plan would store, from the numbers of experts alone: which ones are kept does not matter where
         all experts of a layer have the same dtypes, or the export stacks them.
@@ -139,7 +167,7 @@ class Planner:
         Raises:
             UserError: as `plan`, and for factors whose sizes follow from the merged weights.
         """
-        request = self._request(method, keep_layers, seed, choices)
+        request = self._request(method, keep_layers, seed, round_to, choices)
         counts = {name: (self.stats.layers[name].num_experts, count) for name, count in request.counts.items()}
         return sketched_bytes(self.family, self.source, method, request.parameters, counts, export=export)
 
@@ -153,11 +181,13 @@ class Planner:
         kept = resolve_kept_layers(self.family, self.layers, keep_layers)
         return [layer for layer in self.layers if layer.name not in kept]
 
-    def _request(self, method: str, keep_layers: list[str] | None, seed: int, choices: dict) -> "Request":
+    def _request(
+        self, method: str, keep_layers: list[str] | None, seed: int, round_to: int, choices: dict
+    ) -> "Request":
         """Check what is asked for, score the experts and spread the budget."""
         parameters = resolve(method, choices)
         layers = self.compressible(keep_layers)
-        parameters = with_rank_that_fits(parameters, choices, layers)
+        parameters = rounded(with_rank_that_fits(parameters, choices, layers), round_to, layers)
         for layer in layers:
             check_statistics(parameters, method, self.stats.layers[layer.name])
         seeds = {layer.name: zlib.crc32(f"{seed}/{layer.name}".encode()) for layer in layers}
@@ -202,21 +232,24 @@ def check_request(
     checkpoint: Checkpoint,
     *,
     method: str,
-    export: str,
+    export: str | None,
     router: str,
     keep_layers: list[str] | None,
+    round_to: int = 1,
     **choices,
 ) -> None:
     """Raise `UserError` for everything about a plan and its export that is wrong whatever calibration will see."""
     choose("method", method, METHODS)
-    choose("export", export, EXPORTS)
+    export = choose("export", export or family.exports[0], EXPORTS)
     choose("router", router, ROUTERS)
+    choose("export", export, family.exports)
+    choices = with_defaults(family, export, choices)
     layers = family.layers(checkpoint)
     kept = resolve_kept_layers(family, layers, keep_layers)
     compressible = [layer for layer in layers if layer.name not in kept]
 
     def counted(tried: Choices) -> tuple[Parameters, list[int]]:
-        found = with_rank_that_fits(resolve(method, tried), tried, compressible)
+        found = rounded(with_rank_that_fits(resolve(method, tried), tried, compressible), round_to, compressible)
         flat = [torch.full((layer.num_experts,), 1 / layer.num_experts) for layer in compressible]
         return count_experts(method, compressible, flat, found)
 
@@ -242,6 +275,7 @@ def check_request(
         raise UserError(f"--export {export} cannot store mean outputs in place of experts: choose exact")
     if export != "exact" and (kept or parameters.budget != "uniform") and set(counts) != {1}:
         raise UserError(f"--export {export} needs --budget uniform --keep-layer none")
+    check_held(family, checkpoint, export, counts)
 
 
 def predict(family: Family, checkpoint: Checkpoint, plan: Plan, *, export: str) -> Plan:
@@ -386,12 +420,54 @@ def check_capacity(parameters: Parameters, num_experts: int, count: int) -> None
         )
 
 
-def plan_layer(view: LayerView, name: str, scores: Tensor, count: int, parameters: Parameters) -> tuple[LayerPlan, str]:
+def with_defaults(family: Family, export: str, choices: dict) -> dict:
+    """The choices, with an even budget where a decoder's own class, which holds no other, is asked for."""
+    if family.is_causal and export == "native" and choices.get("budget") is None:
+        return choices | {"budget": "uniform"}
+    return choices
+
+
+def rounded(parameters: Parameters, round_to: int, layers: list[MoELayer]) -> Parameters:
+    """A number of experts raised to a multiple, at most all.
+
+    Raises:
+        UserError: for a multiple below 1.
+    """
+    if round_to < 1:
+        raise UserError(f"--round-to must be at least 1, got {round_to}")
+    if round_to == 1 or not layers:
+        return parameters
+    most = min(layer.num_experts for layer in layers)
+    return replace(parameters, experts=min(most, math.ceil(parameters.experts / round_to) * round_to))
+
+
+def check_held(family: Family, checkpoint: Checkpoint, export: str, counts: Iterable[int]) -> None:
+    """Raise `UserError` for numbers of experts that a family's own class cannot hold; warn of ones that split badly."""
+    if export != "native" or not family.is_causal:
+        return
+    for count in dict.fromkeys(counts):
+        family.check_count(checkpoint, count)
+        num_experts = family.layers(checkpoint)[0].num_experts
+        if num_experts % RANKS == 0 and count % RANKS:
+            warn(f"{count} experts cannot be shared equally by {RANKS} devices, as expert parallelism needs: "
+                 f"--round-to {RANKS} keeps {math.ceil(count / RANKS) * RANKS}")  # fmt: skip
+
+
+def parts_of(scores: Tensor, num_groups: int) -> list[list[int]]:
+    """Experts of each group of a group-limited router."""
+    size = len(scores) // num_groups
+    return [list(range(g * size, (g + 1) * size)) for g in range(num_groups)]
+
+
+def plan_layer(
+    view: LayerView, name: str, scores: Tensor, count: int, parameters: Parameters, num_groups: int = 1
+) -> tuple[LayerPlan, str]:
     """Decide what becomes of the experts of one layer.
 
     Args:
         scores: (E,) the saliency of each.
         count: experts to keep.
+        num_groups: groups of the router, each of which keeps as many.
 
     Returns:
         the layer's plan, and a note on how it was found, often empty.
@@ -401,14 +477,17 @@ def plan_layer(view: LayerView, name: str, scores: Tensor, count: int, parameter
     if count == stats.num_experts:
         return LayerPlan(count, tuple(Group(e, (e,), (1.0,)) for e in sorted(range(count), key=by_usage))), ""
     if parameters.others == "merge":
-        groups = group_experts(
-            scores,
-            finite_similarity(view, name, parameters),
-            count,
-            grouping=parameters.grouping,
-            capacity=parameters.group_capacity,
-            seed=view.seed,
-        )
+        matrix, groups = finite_similarity(view, name, parameters), []
+        for part in parts_of(scores, num_groups):
+            found = group_experts(
+                scores[part],
+                matrix[part][:, part],
+                count // num_groups,
+                grouping=parameters.grouping,
+                capacity=parameters.group_capacity,
+                seed=view.seed,
+            )
+            groups += [(part[dominant], [part[m] for m in members]) for dominant, members in found]
         positive = scores[scores > 0]
         raised = scores.clamp(min=float(positive.min())) if len(positive) else scores  # as REAM
         weighed = {"usage": stats.routed, "uniform": torch.ones(stats.num_experts), "saliency": raised}
@@ -417,7 +496,7 @@ def plan_layer(view: LayerView, name: str, scores: Tensor, count: int, parameter
             for dominant, members in groups
         ]
         return LayerPlan(stats.num_experts, tuple(sorted(made, key=lambda g: by_usage(g.dominant)))), ""
-    kept, note = select_experts(view, scores, count, parameters)
+    kept, note = select_experts(view, scores, count, parameters, num_groups)
     if parameters.others == "nearest":
         labels = assign_to_kept(usage.numpy(), finite_similarity(view, name, parameters).numpy(), kept)
         members = {k: tuple(np.flatnonzero(labels == i).tolist()) for i, k in enumerate(kept)}
@@ -429,10 +508,22 @@ def plan_layer(view: LayerView, name: str, scores: Tensor, count: int, parameter
     return LayerPlan(stats.num_experts, tuple(made), removed), note
 
 
-def select_experts(view: LayerView, scores: Tensor, count: int, parameters: Parameters) -> tuple[list[int], str]:
-    """The experts of a layer that a pruning method keeps, ascending, and a note on how they were found."""
+def select_experts(
+    view: LayerView, scores: Tensor, count: int, parameters: Parameters, num_groups: int
+) -> tuple[list[int], str]:
+    """The experts of a layer that a pruning method keeps, ascending, and a note on how they were found.
+
+    Raises:
+        UserError: for a search in the groups of a group-limited router.
+    """
     if parameters.selection == "top":
-        return sorted(dominant_experts(scores.numpy(), count)), ""
+        parts = parts_of(scores, num_groups)
+        best = [dominant_experts(scores[part].numpy(), count // num_groups) for part in parts]
+        return sorted(part[e] for part, chosen in zip(parts, best, strict=True) for e in chosen), ""
+    if num_groups > 1:
+        raise UserError(
+            f"--selection {parameters.selection} does not work with a router of {num_groups} groups: use top"
+        )
     if parameters.selection == "subset":
         out = view.outputs
         arrays = (out.logits, out.inner, out.square, out.target, out.weights)
