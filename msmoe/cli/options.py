@@ -130,7 +130,8 @@ PLAN_OPTIONS = (
         "--round-to",
         type=int,
         default=1,
-        help="Keep a multiple of so many experts in each layer, rounded up: 8 lets 2, 4 or 8 devices share them equally.",
+        help="Keep a multiple of so many experts in each layer, rounded up: 2, 4 or 8 devices can share multiples of 8 "
+        "equally.",
     ),
     click.option(
         "--budget",
@@ -142,7 +143,8 @@ PLAN_OPTIONS = (
         "keep_layers",
         multiple=True,
         metavar="NAME",
-        help="Leave this layer as it is (repeatable). Default: the first MoE layer of an encoder, no layer of a decoder; 'none' keeps none.",
+        help="Leave this layer as it is (repeatable). Default: the first MoE layer of an encoder, no layer of a "
+        "decoder; 'none' keeps none.",
     ),
     click.option("--saliency", help="What makes an expert worth keeping, default usage; see `msmoe methods`."),
     click.option(
@@ -207,7 +209,8 @@ FACTOR_OPTIONS = (
 APPLY_OPTIONS = (
     click.option(
         "--export",
-        help="Default: exact for Switch, native for decoders. exact: any number of experts per layer, routing as the plan says; native: stock class, needs --budget "
+        help="Default: exact for Switch, native for decoders. "
+        "exact: any number of experts per layer, routing as the plan says; native: stock class, needs --budget "
         "uniform --keep-layer none; its routers have fewer rows and other gate values than a refit was solved for: "
         "what that costs is measured and printed; dense: a plain T5 from --experts 1 --keep-layer none.",
     ),
@@ -240,8 +243,8 @@ FACTOR_NAMES = ("rank", "keep_rows", "energy", "target_bytes", "target_ratio", "
 def choices_of(arguments: dict) -> dict:
     """The plan options among a command's arguments, ready for `msmoe.plan`."""
     names = (
-        "experts", "target_size", "round_to", "budget", "saliency", "others", "selection", "similarity", "metric", "grouping",
-        "group_capacity", "weighting", "rule", "align", "align_to", "canonical", "refit", "routing", *FACTOR_NAMES,
+        "experts", "target_size", "round_to", "budget", "saliency", "others", "selection", "similarity", "metric",
+        "grouping", "group_capacity", "weighting", "rule", "align", "align_to", "canonical", "refit", "routing", *FACTOR_NAMES,
     )  # fmt: skip
     return {name: arguments[name] for name in names} | {"keep_layers": list(arguments["keep_layers"]) or None}
 
