@@ -4,8 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from msmoe.calibration.tokenization import encode
-from msmoe.calibration.tokenizer import SpecialTokens
+from msmoe.calibration.tokenizer import SpecialTokens, encode
 
 MORE_TOKENS = 2  # that an answer may have than the longest target
 

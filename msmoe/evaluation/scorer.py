@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from msmoe.calibration.batches import IGNORE, collate
-from msmoe.calibration.tokenization import TokenRecords, encode
-from msmoe.calibration.tokenizer import SpecialTokens
+from msmoe.calibration.tokenization import TokenRecords
+from msmoe.calibration.tokenizer import SpecialTokens, encode
 from msmoe.errors import UserError
 from msmoe.evaluation import metrics as metric
 from msmoe.evaluation.answers import MORE_TOKENS, canonical, decode, generating, greedy
