@@ -116,7 +116,6 @@ class CausalReader:
             )
         return wanted(ids[start:end], labels[start:end])
 
-
     def cut(self, read: TokenRecord, kind: str | None) -> tuple[TokenRecord, tuple[bool, bool]]:
         """The record just read, cut where it is too long, and whether its prompt and its answer were.
 

@@ -72,7 +72,6 @@ class Seq2SeqReader:
         except ValueError as error:
             raise DataError(f"{place}: {error}") from error
 
-
     def cut(self, read: TokenRecord, kind: str | None) -> tuple[TokenRecord, tuple[bool, bool]]:
         """The record just read, both sides cut at the end, and whether the source and the target were."""
         kept = TokenRecord(

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from msmoe.calibration.spans import IGNORE
-from msmoe.calibration.tokenizer import is_causal
 
 SLICE = 2**24  # logits that are there at once, at most: 64 MiB in float32
 
@@ -63,8 +62,7 @@ def targets_of(model: Any, batch: dict[str, Tensor], *, encoded: Any = None) -> 
     """
     labels = batch["labels"]
     valid = labels != IGNORE
-    if is_causal(model.config.to_dict()):
-        valid = valid.clone()
+    if not model.config.is_encoder_decoder:
         valid[:, 0] = False  # no position before it predicts it
         states_BSD, last = states_of_decoder(model, batch)
         states, logits = states_BSD[:, :-1][valid[:, 1:]], lambda states_nD: scored(model, last, states_nD)
@@ -124,8 +122,7 @@ def decoder_states(model: Any, batch: dict[str, Tensor], encoded: Any) -> Tensor
 
 def states_of_decoder(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Any]:
     """The last hidden states (B, S, D) of a decoder-only model, and all that its stack of blocks gave."""
-    stack = model.base_model
-    output = stack(
+    output = blocks_of(model)(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, return_dict=True
     )
     return output.last_hidden_state, output
@@ -142,8 +139,13 @@ def scored(model: Any, output: Any, states: Tensor) -> Tensor:
     """
     given = type(output)(**{**output, "last_hidden_state": states[None]})
     ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
-    with giving(model.base_model, given):
+    with giving(blocks_of(model), given):
         return model(input_ids=ids, use_cache=False, return_dict=True).logits[0].float()
+
+
+def blocks_of(model: Any) -> nn.Module:
+    """All of a decoder-only model below its output embeddings; Llama 4 names it otherwise than its class says."""
+    return model.model if model.base_model is model else model.base_model
 
 
 @contextlib.contextmanager
