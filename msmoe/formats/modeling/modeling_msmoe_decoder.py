@@ -265,25 +265,18 @@ def classes(base, base_config):
         """The family's configuration, and what each MoE block stores (`msmoe`).
 
         On disk, `experts_implementation` says how to load the model: the family's own class, which would fill the
-        experts with random numbers, stops there with that line. `per_layer_config` has the counts of the layers, in
-        transformers' own form; its models do not read it yet (5.24).
+        experts with random numbers, stops there with that line.
         """
 
         @classmethod
         def from_dict(cls, config_dict, **options):
             values = dict(config_dict)
-            counts = values.pop("per_layer_config", None)
             if values.get("experts_implementation") == HOW_TO_LOAD:
                 del values["experts_implementation"]
-            return super().from_dict(values | {"msmoe": values["msmoe"] | {"per_layer_config": counts}}, **options)
+            return super().from_dict(values, **options)
 
         def to_dict(self):
-            values = super().to_dict()
-            if "msmoe" not in values:  # the library compares with a configuration made of nothing
-                return values
-            counts = values["msmoe"].pop("per_layer_config", None)
-            values["experts_implementation"] = HOW_TO_LOAD
-            return values | ({"per_layer_config": counts} if counts else {})
+            return super().to_dict() | {"experts_implementation": HOW_TO_LOAD}
 
     class MsmoeForCausalLM(base):
         config_class = MsmoeConfig
