@@ -244,7 +244,8 @@ def choices_of(arguments: dict) -> dict:
     """The plan options among a command's arguments, ready for `msmoe.plan`."""
     names = (
         "experts", "target_size", "round_to", "budget", "saliency", "others", "selection", "similarity", "metric",
-        "grouping", "group_capacity", "weighting", "rule", "align", "align_to", "canonical", "refit", "routing", *FACTOR_NAMES,
+        "grouping", "group_capacity", "weighting", "rule", "align", "align_to", "canonical", "refit", "routing",
+        *FACTOR_NAMES,
     )  # fmt: skip
     return {name: arguments[name] for name in names} | {"keep_layers": list(arguments["keep_layers"]) or None}
 

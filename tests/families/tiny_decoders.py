@@ -169,6 +169,7 @@ OTHERWISE: dict[str, dict] = {
     "longcat_flash": ALL_HEADS | {"zero_expert_num": 2},
     "mistral4": ALL_HEADS | {"head_dim": 16},
     "mistral_large4_text": ALL_HEADS,
+    "muse_spark_text": {"moe_hidden_size": 32},
     "sarvam_mla": ALL_HEADS,
     "step3p5": SPARSE_AFTER_FIRST,
     "unlimited_ocr_text": SPARSE_AFTER_FIRST,
@@ -249,6 +250,8 @@ def fill_(model: nn.Module, seed: int) -> None:
         if tensor.is_floating_point() and (tensor.ndim > 1 or name.endswith(("_bias", "biases", ".bias"))):
             scale = 0.2 if tensor.ndim > 1 else 0.05
             tensor.copy_(scale * torch.randn(tensor.shape, generator=generator))
+            if name.endswith("balancing_biases"):  # transformers 5.24 gives the skip class this value whatever is stored
+                tensor[-1] = -1
         elif name.endswith("per_expert_scale"):
             tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
         elif name.endswith("tid2eid"):
