@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, T tokens, E experts, D d_model, F d_ff.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -17,6 +17,8 @@ from msmoe.lowrank.shapes import FactorShape
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from msmoe.layer.routing import SoftmaxTop1
 
     from msmoe.layer.expert import Expert
 
@@ -204,6 +206,17 @@ class Family(Protocol):
 
     def routers(self, model: nn.Module) -> dict[str, nn.Module]:
         """Layer name -> router module."""
+        ...
+
+    def narrow_router(
+        self, model: nn.Module, layer: str, experts: Sequence[int], router: SoftmaxTop1, *, config: dict
+    ) -> None:
+        """Let a router of a model choose among some experts alone.
+
+        Args:
+            experts: in the order of the rows of `router`; the others are never chosen again.
+            config: configuration of the export that routes like this, for the capacity of its experts.
+        """
         ...
 
     def routing(self, inputs: tuple, outputs: tuple) -> Routing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ from msmoe.lowrank.shapes import FactorShape
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from msmoe.layer.routing import SoftmaxTop1
 
 ROUTER_SUFFIX = "mlp.router.classifier.weight"
 ROUTER_PATTERN = re.compile(rf"((encoder|decoder)\.block\.(\d+)\.layer\.\d+\.mlp){re.escape(ROUTER_SUFFIX[3:])}")
@@ -208,6 +210,20 @@ class SwitchFamily:
             for name, module in model.named_modules()
             if name.endswith(".mlp.router")
         }
+
+    def narrow_router(
+        self, model: nn.Module, layer: str, experts: Sequence[int], router: SoftmaxTop1, *, config: dict
+    ) -> None:
+        import torch
+
+        module = self.routers(model)[layer]
+        classifier, chosen = module.classifier, list(experts)
+        bias = torch.full((classifier.out_features,), -torch.inf)
+        bias[chosen] = 0.0 if router.bias is None else router.bias
+        with torch.no_grad():
+            classifier.weight[chosen] = router.rows.to(classifier.weight.dtype)
+        classifier.bias = torch.nn.Parameter(bias.to(classifier.weight.dtype), requires_grad=False)
+        module.expert_capacity = config.get("expert_capacity", module.expert_capacity)
 
     def routing(self, inputs: tuple, outputs: tuple) -> Routing:
         dispatch, gate, logits = outputs

@@ -155,14 +155,14 @@ def build_export(
     for name in checkpoint:
         if name not in handled:
             export.add_copy(checkpoint.spec(name), family.dense_name(name) if kind == "dense" else name)
-    copied = plan.parameters.get("refit", "none") == "none"
+    refits = plan.parameters.get("refit", "none") != "none"
     for layer in layers:
         if layer.name in sliced and kind != "dense":
             for key in (family.router_key(layer.name), family.router_bias_key(layer.name)):
                 if key in checkpoint:
                     export.add_router_rows(checkpoint.spec(key), routes[layer.name].rows)
         shapes = (factors or {}).get(layer.name, {})
-        _add_layer(export, family, checkpoint, layer, plans[layer.name], routes[layer.name], shapes, copy_sole=copied)
+        _add_layer(export, family, checkpoint, layer, plans[layer.name], routes[layer.name], shapes, refits=refits)
     return export
 
 
@@ -196,10 +196,15 @@ def _add_layer(
     routes: Routes,
     factors: LayerFactors,
     *,
-    copy_sole: bool,
+    refits: bool,
 ) -> None:
-    """Experts, map and constants of a layer; a group in which one member has all the weight is copied."""
+    """Experts, map and constants of a layer.
+
+    A group in which one member has all the weight is copied, unless a refit changes it: where it stands for other
+    experts too, or the router gives other gate values.
+    """
     count = len(plan.groups)
+    is_rerouted = len(routes.rows) < plan.num_experts or (export.kind == "native" and count < len(routes.rows))
     stacked = family.stacked_keys(layer.name)
     if export.kind == "exact":
         export.add_stacked(family, layer, count, factors)
@@ -219,7 +224,8 @@ def _add_layer(
             export.add_expert(names, layer, expert_dtypes(family, checkpoint, layer, plan.groups[g].members))
             slots = GroupSlots(Slot(names.wi), Slot(names.wo))
         group = plan.groups[g]
-        if export.kind != "dense" and group.sole is not None and (copy_sole or len(group.members) == 1):
+        changes = refits and (is_rerouted or len(group.members) > 1)
+        if export.kind != "dense" and group.sole is not None and not changes:
             export.copies.extend(zip(slots, family.expert_keys(layer.name, group.sole), strict=True))
         else:
             export.merged[layer.name, g] = slots

@@ -1,5 +1,6 @@
 """Refit of a whole layer for the routing that it will do: separable and overlapping groups."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -98,7 +99,7 @@ def test_the_held_out_error_never_rises(seed, num_tokens, top_k):
     experts, tokens = problem(num_tokens, top_k, seed=seed)
     layer, refits, after = solved(experts, tokens)
     steps = [layer.error_before, *layer.history]
-    assert all(after <= before for before, after in zip(steps, steps[1:], strict=False))
+    assert all(after <= before for before, after in itertools.pairwise(steps))
     assert not layer.error_after > layer.error_before
     assert all(refit.output.isfinite().all() for refit in refits.values())
     assert error_of(after, tokens, torch.ones_like(tokens.held_out)) <= 1.0001 * error_of(
