@@ -9,7 +9,7 @@ Shapes: E experts, G groups, S sampled tokens, T tokens of a group, D d_model, F
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from msmoe.compression.factorize import FactorizeReport, factorize_into
 from msmoe.compression.group import GroupReport, Sources, merge_one
 from msmoe.compression.layer_errors import routing_costs
 from msmoe.compression.provenance import capacity_drop_rates, write_metadata
+from msmoe.compression.refitting import RefitTokens, stored_rows
 from msmoe.compression.router import ROUTERS, RouterFit, reduce_router
 from msmoe.compression.sequential import merge_sequentially
 from msmoe.errors import UserError
@@ -217,7 +218,7 @@ def merge(
         unwritten = Counter(part.key for parts in layout.merged.values() for part in parts)
         writer.finish_copied()
         for layer, g, merged, report in merge_groups(
-            sources, layout, writer.done, data=data, workers=workers, progress=progress
+            sources, layout, writer.done, routers=routers, data=data, workers=workers, progress=progress
         ):
             note = report.describe() | {"crc32": []}
             for part in layout.merged[layer, g]:
@@ -321,18 +322,22 @@ def merge_groups(
     layout: Layout,
     done: set[str],
     *,
+    routers: Mapping[str, RouterFit],
     data: str | Path | None,
     workers: int | None,
     progress: Progress | None,
 ) -> Iterator[tuple[str, int, Expert, GroupReport]]:
     """Merge every group whose tensors are not written yet; yields (layer, group, expert, report) in plan order."""
     pending = [key for key, parts in layout.merged.items() if not {part.key for part in parts} <= done]
-    sequential = sources.plan.parameters.get("refit") == "sequential"
-    if sequential and pending:
+    rows = {layer: stored_rows(layout, layer, fit.rows) for layer, fit in routers.items()}
+    refit = sources.plan.parameters.get("refit", "none")
+    if refit == "sequential" and pending:
         assert data is not None
         pending = list(layout.merged)
-        results: Iterator = on_one_thread(merge_sequentially(sources, layout, data))
+        results: Iterator = on_one_thread(merge_sequentially(sources, layout, data, rows))
     else:
+        if refit != "none":
+            sources = replace(sources, tokens=RefitTokens(sources, layout, rows))
         results = in_order(lambda key: merge_one(sources, layout, *key), pending, workers or os.cpu_count() or 1)
     for count, ((layer, g), (expert, report)) in enumerate(zip(pending, results, strict=True), 1):
         yield layer, g, expert, report

@@ -1,8 +1,9 @@
-"""One group of a plan: read its members, merge them, refit the result to what the members gave.
+"""One group of a plan: read its members, merge them, refit the result to what the original layer gave.
 
 Shapes: E experts, S sampled tokens, T tokens of the group, D d_model, F d_ff.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,8 +15,7 @@ from msmoe.families import Family
 from msmoe.families.protocol import load_expert
 from msmoe.formats.layout import Layout
 from msmoe.layer.expert import Expert
-from msmoe.layer.tokens import TokenSample
-from msmoe.merge import RULES, GroupTokens, MergedGroup, Refit, align_members, merge_group, refit_output
+from msmoe.merge import RULES, GroupTokens, LayerTokens, MergedGroup, Refit, align_members, merge_group, refit_group
 from msmoe.merge.align import Match
 from msmoe.merge.rebasin import match_many, objective
 from msmoe.planning.plan import Group, Plan
@@ -51,35 +51,25 @@ class GroupReport:
 
 @dataclass(frozen=True)
 class Sources:
-    """What merging a group reads."""
+    """What merging a group reads.
+
+    Attributes:
+        tokens: of a layer, for plans with refit; without it nothing is refitted.
+    """
 
     family: Family
     checkpoint: Checkpoint
     plan: Plan
     stats: Stats | None
-    moved_inputs: dict[str, "MovedInputs"] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class MovedInputs:
-    """What the sampled tokens of a layer look like once earlier layers are compressed.
-
-    Attributes:
-        inputs: (S, D); expert: (S,) routed expert; gate: (S,) gate value; 0 for a token that is dropped now.
-    """
-
-    inputs: Tensor
-    expert: Tensor
-    gate: Tensor
+    tokens: Callable[[str], LayerTokens] | None = None
 
 
 def merge_one(sources: Sources, layout: Layout, layer: str, g: int) -> tuple[Expert, GroupReport]:
-    """Merge, and refit if the plan says so, one group of one layer."""
-    parameters, group = sources.plan.parameters, sources.plan.layers[layer].groups[g]
+    """Merge, and refit if there are tokens for that, one group of one layer."""
+    parameters, plan = sources.plan.parameters, sources.plan.layers[layer]
+    group = plan.groups[g]
     stats = sources.stats.layers[layer] if sources.stats else None
     load = lambda e: load_expert(sources.family, sources.checkpoint, layer, e)
-    refits = parameters.get("refit", "none") != "none" and len(group.members) > 1
-    targets = GroupTargets(group, stats) if refits and stats else None
     reference = 0 if parameters.get("align_to") == "first" else group.dominant
     to_mean = parameters.get("align_to") == "mean" and parameters.get("align") != "none"
     rule = parameters.get("rule", "average")
@@ -89,7 +79,6 @@ def merge_one(sources: Sources, layout: Layout, layer: str, g: int) -> tuple[Exp
         "alignment": parameters.get("align", "weight") if several and not to_mean else "none",
         "canonical": parameters.get("canonical", False) and several,
         "inputs": (lambda member: routed_inputs(stats, (member, reference))) if stats else None,
-        "visit": targets.visit if targets else None,
     }
     details: dict = {}
     if not several or (rule == "average" and not to_mean):  # one member in memory at a time
@@ -104,10 +93,8 @@ def merge_one(sources: Sources, layout: Layout, layer: str, g: int) -> tuple[Exp
         expert, about = RULES[rule].apply(experts, group.weights, tokens)
         merged, details = MergedGroup(expert, matches), details | about
     expert, refit = merged.expert, None
-    if targets:
-        moved = sources.moved_inputs.get(layer)
-        gate = dense_gate(stats, sources, layer) if layout.kind == "dense" and stats else None
-        refit = targets.refit(expert, moved, constant_gate=gate)
+    if sources.tokens is not None:
+        refit = refit_group(expert, sources.tokens(layer), plan.stored_order.index(g))
         expert = expert.with_output(refit.output)
     if layout.kind == "dense":
         assert stats is not None
@@ -166,32 +153,3 @@ def routed_inputs(stats: LayerStats, experts: tuple[int, ...]) -> Tensor:
     """Inputs (T, D) of the sampled tokens routed to any of the experts."""
     sample = stats.tokens()
     return sample.inputs[torch.isin(sample.expert, torch.tensor(experts))]
-
-
-class GroupTargets:
-    """The sampled tokens of a group, and what the original layer made of them.
-
-    The targets of a member's tokens are computed when the merge visits it.
-    """
-
-    def __init__(self, group: Group, stats: LayerStats):
-        sample = stats.tokens()
-        self.members = torch.tensor(group.members)
-        self.chosen = torch.isin(sample.expert, self.members).nonzero().flatten()
-        self.sample: TokenSample = sample.select(self.chosen)
-        self.weights = sample.weights(stats.dispatched)[self.chosen]
-        self.targets = torch.zeros_like(self.sample.inputs)
-
-    def visit(self, member: int, expert: Expert) -> None:
-        mine = self.sample.expert == member
-        self.targets[mine] = expert(self.sample.inputs[mine]) * self.sample.gate[mine, None]
-
-    def refit(self, merged: Expert, moved: MovedInputs | None, *, constant_gate: float | None) -> Refit:
-        """Refit for the gate values that the merged expert will meet: the sample's, the moved ones, or a constant."""
-        sample = self.sample
-        if moved is None:
-            gate = sample.gate if constant_gate is None else torch.full_like(sample.gate, constant_gate)
-            return refit_output(merged, sample.inputs, gate, self.targets, self.weights, sample.held_out)
-        stays = torch.isin(moved.expert[self.chosen], self.members)
-        inputs, gate = moved.inputs[self.chosen][stays], moved.gate[self.chosen][stays]
-        return refit_output(merged, inputs, gate, self.targets[stays], self.weights[stays], sample.held_out[stays])

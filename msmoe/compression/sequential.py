@@ -1,32 +1,55 @@
 """Refit layer by layer in order: each layer sees what the already compressed layers before it hand on.
 
-Shapes: B batch, S sampled tokens, E experts, D d_model.
+Shapes: B batch, S sampled tokens, E experts, G groups, D d_model.
 """
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from msmoe.calibration.batches import batch_indices, collate, record_key
 from msmoe.calibration.profile import load_records
 from msmoe.calibration.records import TokenRecord
 from msmoe.calibration.tokenizer import special_tokens
-from msmoe.compression.group import GroupReport, MovedInputs, Sources, merge_one
+from msmoe.compression.group import GroupReport, Sources, merge_one
+from msmoe.compression.refitting import layer_tokens
 from msmoe.errors import UserError
-from msmoe.families.protocol import Routing
+from msmoe.families.protocol import Routing as Recorded
 from msmoe.formats.layout import Layout
 from msmoe.layer.expert import Expert
+from msmoe.layer.routing import Routing, SoftmaxTop1
 from msmoe.layer.tokens import TokenSample
 
 BATCH_SIZE = 16
 
 
-def merge_sequentially(sources: Sources, layout: Layout, data: str | Path) -> Iterator[tuple[Expert, GroupReport]]:
+@dataclass(frozen=True)
+class MovedInputs:
+    """What the sampled tokens of a layer look like once earlier layers are compressed.
+
+    Attributes:
+        inputs: (S, D); expert: (S,) routed expert; gate: (S,) gate value; 0 for a token that is dropped now.
+    """
+
+    inputs: Tensor
+    expert: Tensor
+    gate: Tensor
+
+
+def merge_sequentially(
+    sources: Sources, layout: Layout, data: str | Path, routers: Mapping[str, Tensor]
+) -> Iterator[tuple[Expert, GroupReport]]:
     """Merge and refit every group, in the order of `layout.merged`; holds the model.
+
+    The model keeps all its experts, those of a group with the same weights. A router that loses rows chooses among
+    the experts that are kept, or the dominant ones.
+
+    Args:
+        routers: layer -> rows (G, D) of its reduced router.
 
     Raises:
         UserError: if the data are not those that the statistics were made from.
@@ -47,13 +70,29 @@ def merge_sequentially(sources: Sources, layout: Layout, data: str | Path) -> It
     model = sources.family.load_model(sources.checkpoint.path, dtype=torch.float32)
     pad_id = special_tokens(sources.checkpoint.config, sources.checkpoint.path / "config.json").pad_id
     for layer, keys in groupby(layout.merged, key=lambda key: key[0]):
-        sample = sources.stats.layers[layer].tokens()
+        sample, plan = sources.stats.layers[layer].tokens(), sources.plan.layers[layer]
+        router = kept_router(sources, layer, routers.get(layer))
+        if router is not None:
+            sources.family.narrow_router(model, layer, *router, config=layout.config)
         moved = moved_inputs(sources, model, layer, sample, records, pad_id=pad_id)
-        current = replace(sources, moved_inputs={layer: moved})
+        routing = Routing(torch.tensor(plan.expert_map)[moved.expert][:, None], moved.gate[:, None])
+        tokens = layer_tokens(sources, layout, layer, routing, inputs=moved.inputs)
+        current = replace(sources, tokens=lambda _, tokens=tokens: tokens)
         for _, g in keys:
             expert, report = merge_one(current, layout, layer, g)
             install(sources, model, layer, report.members, expert)
             yield expert, report
+
+
+def kept_router(sources: Sources, layer: str, reduced: Tensor | None) -> tuple[tuple[int, ...], SoftmaxTop1] | None:
+    """The experts that a layer's router still chooses among, and the router of these; None if it keeps its rows."""
+    plan = sources.plan.layers[layer]
+    if reduced is not None:
+        return tuple(plan.groups[g].dominant for g in plan.stored_order), SoftmaxTop1(reduced)
+    rows = plan.routes(sources.plan.parameters).rows
+    if len(rows) == plan.num_experts:
+        return None
+    return rows, sources.family.router(sources.checkpoint, layer).keeping(rows)
 
 
 @torch.inference_mode()
@@ -72,7 +111,7 @@ def moved_inputs(
     chosen: list[int] = []
 
     def hook(_: nn.Module, inputs: tuple, outputs: tuple) -> None:
-        routing: Routing = family.routing(inputs, outputs)
+        routing: Recorded = family.routing(inputs, outputs)
         for row, i in enumerate(chosen):
             at = torch.tensor(places.get(keys[i], []), dtype=torch.int64)
             position = sample.position[at]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from msmoe.families.axes import SlicedTensor
     from msmoe.layer.expert import Activation, Expert
-    from msmoe.layer.routing import Routed, Router
+    from msmoe.layer.routing import Routed, Router, SoftmaxTop1
 
 
 @dataclass(frozen=True)
@@ -276,6 +276,17 @@ class Family(Protocol):
         """Run the stacks of a model over a batch.
 
         Yields, before each stack runs, the mask (B, S) of the valid tokens of the routers inside it.
+        """
+        ...
+
+    def narrow_router(
+        self, model: nn.Module, layer: str, experts: Sequence[int], router: SoftmaxTop1, *, config: dict
+    ) -> None:
+        """Let a router of a model choose among some experts alone.
+
+        Args:
+            experts: in the order of the rows of `router`; the others are never chosen again.
+            config: configuration of the export that routes like this, for the capacity of its experts.
         """
         ...
 

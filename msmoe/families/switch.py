@@ -299,6 +299,20 @@ class SwitchFamily:
             if name.endswith(".mlp.router")
         }
 
+    def narrow_router(
+        self, model: nn.Module, layer: str, experts: Sequence[int], router: SoftmaxTop1, *, config: dict
+    ) -> None:
+        import torch
+
+        module = self.routers(model)[layer]
+        classifier, chosen = module.classifier, list(experts)
+        bias = torch.full((classifier.out_features,), -torch.inf)
+        bias[chosen] = 0.0 if router.bias is None else router.bias
+        with torch.no_grad():
+            classifier.weight[chosen] = router.rows.to(classifier.weight.dtype)
+        classifier.bias = torch.nn.Parameter(bias.to(classifier.weight.dtype), requires_grad=False)
+        module.expert_capacity = config.get("expert_capacity", module.expert_capacity)
+
     def routing(self, inputs: tuple, outputs: tuple) -> Routing:
         dispatch, gate, logits = outputs
         if (logits.amin() >= 0) & (logits.amax() <= 1) & ((logits.sum(-1) - 1).abs().amax() < 1e-3):

@@ -15,10 +15,11 @@ from msmoe.compression.layer_errors import LayerFunction, Routed, read_layer, re
 from msmoe.families import MoELayer
 from msmoe.formats.layout import Layout
 from msmoe.layer.expert import Expert
+from msmoe.layer.routing import Routing
 from msmoe.layer.tokens import TokenSample
-from msmoe.merge import merge_group, refit_output
+from msmoe.merge import LayerTokens, merge_group, refit_group
 from msmoe.merge.align import Alignment, Match, match
-from msmoe.planning.plan import Group, Plan
+from msmoe.planning.plan import Plan
 from msmoe.planning.planner import Planner
 from msmoe.planning.scores import mean_output
 
@@ -109,35 +110,47 @@ class Trial:
         routes = layer_plan.routes(plan.parameters)
         rows, bias = list(routes.rows), self.original.bias
         front_dtype, output_dtype = (to_dtype(name) for name in self.layer.dtypes)
-        stored = [self.merged(plan, g) for g in layer_plan.stored_order]
-        stored = [rounded(expert, front_dtype, output_dtype) for expert in stored]
         means = (
             mean_output(self.stats)[list(routes.constants)].to(output_dtype)
             if routes.constants
             else self.original.constants
         )
-        return LayerFunction(
+        stored: list[Expert] = []
+        layer = LayerFunction(
             rows=self.original.rows[rows],
             bias=None if bias is None else bias[rows],
             targets=torch.tensor(routes.targets),
-            num_stored=len(stored),
+            num_stored=len(layer_plan.groups),
             expert=stored.__getitem__,
             constants=means.float(),
         )
+        tokens = self.tokens(layer) if plan.parameters["refit"] != "none" else None
+        is_rerouted = not layer.has_router_of(self.original)
+        for index, g in enumerate(layer_plan.stored_order):
+            expert = self.merged(plan, g)
+            if tokens and (is_rerouted or len(layer_plan.groups[g].members) > 1):
+                expert = expert.with_output(refit_group(expert, tokens, index).output)
+            stored.append(rounded(expert, front_dtype, output_dtype))
+        return layer
+
+    def tokens(self, layer: LayerFunction) -> LayerTokens:
+        """What a refit solves for: the fitted tokens under the routing of a compressed layer."""
+        sample, fitted = self.fitted.sample, self.fitted
+        routed = route(layer, self.original, sample)
+        routing = Routing(routed.target[:, None], routed.gate[:, None])
+        return LayerTokens(sample.inputs, routing, fitted.wanted, fitted.weights, sample.held_out)
 
     def merged(self, plan: Plan, g: int) -> Expert:
-        """What a group becomes, float32: as `merge_one`, with alignments and targets shared by all sizes."""
+        """What a group becomes before refit, float32: as `merge_one`, with alignments shared by all sizes."""
         group, parameters = plan.layers[self.layer.name].groups[g], plan.parameters
-        refits = parameters["refit"] != "none" and len(group.members) > 1
-        if group.sole is not None and not refits:
+        if group.sole is not None:
             return self.experts[group.sole]
         if parameters["rule"] != "average" or parameters["align_to"] == "mean" or parameters["canonical"]:
             sources = Sources(self.planner.family, self.planner.source, plan, self.planner.stats)
             return merge_one(sources, Layout("exact", {}), self.layer.name, g)[0]
         reference = 0 if parameters["align_to"] == "first" else group.dominant
         load = lambda member: self.aligned(member, reference, parameters["align"])
-        expert = merge_group(group.members, group.weights, load, reference=reference, alignment="none").expert
-        return self.refit(expert, group) if refits else expert
+        return merge_group(group.members, group.weights, load, reference=reference, alignment="none").expert
 
     def aligned(self, member: int, reference: int, alignment: Alignment) -> Expert:
         """A member in the neuron order that matches a reference."""
@@ -148,16 +161,6 @@ class Trial:
             pair = self.experts[reference], self.experts[member]
             self.matches[member, reference] = match(*pair, alignment=alignment, inputs=inputs)
         return self.experts[member].permuted(self.matches[member, reference].permutation)
-
-    def refit(self, merged: Expert, group: Group) -> Expert:
-        """The merged expert with its output matrix solved for what the members gave."""
-        sample = self.fitted.sample
-        mine = torch.isin(sample.expert, torch.tensor(group.members)).nonzero().flatten()
-        found = refit_output(
-            merged, sample.inputs[mine], sample.gate[mine], self.fitted.wanted[mine], self.fitted.weights[mine],
-            sample.held_out[mine],
-        )  # fmt: skip
-        return merged.with_output(found.output)
 
 
 def rounded(expert: Expert, inputs: torch.dtype, output: torch.dtype) -> Expert:

@@ -24,7 +24,7 @@ class Request:
     Attributes:
         plans, routes: of every MoE layer; one that the plan does not name keeps its experts.
         factors: per layer of an `exact` export, the matrices that will be factorised and their shapes.
-        copy_sole: whether a group in which one member has all the weight is that member, unchanged.
+        refits: whether the output matrices of experts that meet other tokens, or gates, are solved for again.
     """
 
     family: Family
@@ -33,7 +33,7 @@ class Request:
     plans: dict[str, LayerPlan]
     routes: dict[str, Routes]
     factors: dict[str, LayerFactors]
-    copy_sole: bool
+    refits: bool
 
     @property
     def num_groups(self) -> dict[str, int]:
@@ -66,8 +66,8 @@ def build_export(
     layers = family.layers(checkpoint)
     plans = {layer.name: plan.layers.get(layer.name) or LayerPlan.identity(layer.num_experts) for layer in layers}
     routes = {name: layer_plan.routes(plan.parameters) for name, layer_plan in plans.items()}
-    copy_sole = plan.parameters.get("refit", "none") == "none"
-    request = Request(family, checkpoint, layers, plans, routes, factors or {}, copy_sole)
+    refits = plan.parameters.get("refit", "none") != "none"
+    request = Request(family, checkpoint, layers, plans, routes, factors or {}, refits)
     family.check_export(checkpoint, kind, request.rows if kind == "exact" else request.dominant)
     if kind != "exact" and any(route.constants for route in routes.values()):
         raise UserError(f"--export {kind} cannot store mean outputs in place of experts: choose exact")
@@ -79,7 +79,7 @@ def identity_export(family: Family, checkpoint: Checkpoint, *, factors: dict[str
     layers = family.layers(checkpoint)
     plans = {layer.name: LayerPlan.identity(layer.num_experts) for layer in layers}
     routes = {name: plan.routes({}) for name, plan in plans.items()}
-    return exact(Request(family, checkpoint, layers, plans, routes, factors, copy_sole=True))
+    return exact(Request(family, checkpoint, layers, plans, routes, factors, refits=False))
 
 
 def exact(request: Request) -> Layout:
@@ -167,11 +167,17 @@ def cut_routers(layout: Layout, request: Request, layer: MoELayer, kept: dict[st
 
 
 def fill(layout: Layout, request: Request, layer: MoELayer, parts: list[tuple[StoredPart, ...]]) -> None:
-    """Say of every stored expert of a layer whether it is copied or computed."""
-    plan = request.plans[layer.name]
+    """Say of every stored expert of a layer whether it is copied or computed.
+
+    A group in which one member has all the weight is copied, unless a refit changes it: where it stands for other
+    experts too, or the router gives other gate values.
+    """
+    plan, rows = request.plans[layer.name], len(request.rows[layer.name])
+    is_rerouted = rows < layer.num_experts or (layout.kind == "native" and len(parts) < rows)
     for index, g in enumerate(plan.stored_order):
         group = plan.groups[g]
-        if group.sole is not None and (request.copy_sole or len(group.members) == 1):
+        changes = request.refits and (is_rerouted or len(group.members) > 1)
+        if group.sole is not None and not changes:
             source = request.family.parts(request.checkpoint, layer.name, group.sole)
             layout.copies.extend(copies_between(source, parts[index]))
         else:

@@ -5,16 +5,16 @@ from msmoe.formats.imports import when_imported
 AUTO = "transformers.models.auto"
 
 # Mixture-of-Experts decoders with a causal model in transformers 5.24 whose experts are chosen by a router
-DECODERS = tuple(
-    """
-    afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4
-    dots1 dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint gemma4_text glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss
-    granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 inkling2_loop_text
-    inkling2_text inkling_text jamba jetmoe kimi_linear kolibri1 laguna lara_mini lfm2_moe llama4_text longcat_flash
-    mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text mixtral nemotron_h olmoe phimoe qwen2_moe
-    qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp_text sarvam_mla sarvam_moe solar_open zaya
-    """.split()
-)
+DECODERS = (
+    "afmoe", "aria_text", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "dbrx", "deepseek_v2",
+    "deepseek_v3", "deepseek_v32", "deepseek_v4", "dots1", "dots3_note_text", "ernie4_5_moe", "exaone_moe",
+    "flex_olmo", "flint", "gemma4_text", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt_oss", "granitemoe",
+    "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "hy_v4",
+    "inkling2_loop_text", "inkling2_text", "inkling_text", "jamba", "jetmoe", "kimi_linear", "kolibri1", "laguna",
+    "lara_mini", "lfm2_moe", "llama4_text", "longcat_flash", "mellum", "mimo_v2_flash", "minimax", "minimax_m2",
+    "minimax_m3_vl_text", "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe",
+    "qwen3_next", "qwen4_exp_text", "sarvam_mla", "sarvam_moe", "solar_open", "zaya",
+)  # fmt: skip
 
 
 def register_when_needed() -> None:

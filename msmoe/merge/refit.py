@@ -12,7 +12,7 @@ Shapes: T tokens, N fitted tokens, F d_ff, D d_model.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -86,76 +86,137 @@ def refit_output(
         unknown = float(residuals[num_fitted:].double().square().sum()) / total if total else float("nan")
         return Refit(merged.output, None, num_fitted, num_held_out, unknown, unknown, total)
 
-    space = TokenSpace if len(rows) <= 2 * rows.shape[1] else NeuronSpace  # half of the tokens are fitted six times
-    problem: Ridge = space(rows, residuals, num_fitted)
-    errors = {ridge: problem.held_out_error(ridge) / total for ridge in ridges}
+    space = ridge_space(rows, num_fitted)
+    right = space.right(residuals)
+    errors = {ridge: space.held_out_error(right, ridge) / total for ridge in ridges}
     before = float(residuals[num_fitted:].double().square().sum()) / total
     best = min(errors, key=lambda ridge: errors[ridge])
     if not errors[best] < before:
         return Refit(merged.output, None, num_fitted, num_held_out, before, before, total)
-    return Refit(merged.output + problem.solve(best), best, num_fitted, num_held_out, before, errors[best], total)
+    output = merged.output + space.matrix(space.solve(right, best))
+    return Refit(output, best, num_fitted, num_held_out, before, errors[best], total)
 
 
-class Ridge(Protocol):
+class RidgeSpace(Protocol):
     """Ridge regression of residuals (T, D) on rows H (T, F), the first N tokens fitted, the others held out.
 
-    A ridge r stands for r m, with m the mean diagonal of H^T H over the tokens in use.
+    A ridge r stands for r m, with m the mean diagonal of H^T H over the tokens in use. What depends on the rows alone
+    is computed once, and serves any residuals where it is kept. A solution has one row for each token or neuron.
     """
 
-    def __init__(self, rows: Tensor, residuals: Tensor, num_fitted: int): ...
+    def right(self, residuals: Tensor) -> Any:
+        """What the equations need of residuals (T, D), the right-hand side `right` of the other methods."""
+        ...
 
-    def held_out_error(self, ridge: float) -> float:
+    def held_out_error(self, right: Any, ridge: float) -> float:
         """Squared error on the held-out tokens of the solution on the fitted ones."""
         ...
 
-    def solve(self, ridge: float) -> Tensor:
-        """Solution (D, F) float32 on all tokens."""
+    def solve(self, right: Any, ridge: float, *, fitted_only: bool = False) -> Tensor:
+        """Solution on all tokens, or on the fitted ones alone, float64."""
         ...
+
+    def predict(self, solution: Tensor) -> Tensor:
+        """What a solution gives for every token, (T, D) float32."""
+        ...
+
+    def matrix(self, solution: Tensor) -> Tensor:
+        """A solution as a change of the output matrix, (D, F) float32."""
+        ...
+
+
+def ridge_space(rows: Tensor, num_fitted: int, *, keep: bool = False) -> RidgeSpace:
+    """The cheaper space for rows (T, F): half of the tokens are fitted six times.
+
+    Args:
+        keep: hold the Gram matrix and its Cholesky factor for every ridge, to solve again for other residuals.
+    """
+    return (TokenSpace if len(rows) <= 2 * rows.shape[1] else NeuronSpace)(rows, num_fitted, keep=keep)
 
 
 class TokenSpace:
     """W = A^T H with A = (H H^T + r m I)^-1 R: one Gram matrix (T, T) serves the search and the solution."""
 
-    def __init__(self, rows: Tensor, residuals: Tensor, num_fitted: int):
-        self.rows, self.residuals, self.num_fitted = rows, residuals.double(), num_fitted
+    def __init__(self, rows: Tensor, num_fitted: int, *, keep: bool = False):
+        self.rows, self.num_fitted, self.keep = rows, num_fitted, keep
+        self.factors: dict[tuple[int, float], Tensor | None] = {}
         self.gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
         for block in rows.split(BLOCK, dim=1):
             self.gram += block @ block.T
 
-    def _coefficients(self, num_tokens: int, ridge: float) -> Tensor:
-        gram = self.gram[:num_tokens, :num_tokens]
-        gram = gram.clone() if num_tokens < len(self.gram) else gram
-        mean_diagonal = float(gram.diagonal().sum()) / self.rows.shape[1]
-        return solve_shifted(gram, ridge * mean_diagonal, self.residuals[:num_tokens])
+    def right(self, residuals: Tensor) -> Tensor:
+        return residuals.double()
 
-    def held_out_error(self, ridge: float) -> float:
+    def held_out_error(self, right: Tensor, ridge: float) -> float:
         n = self.num_fitted
-        predicted = self.gram[n:, :n] @ self._coefficients(n, ridge)
-        return float((self.residuals[n:] - predicted).square().sum())
+        predicted = self.gram[n:, :n] @ self.solve(right, ridge, fitted_only=True)
+        return float((right[n:] - predicted).square().sum())
 
-    def solve(self, ridge: float) -> Tensor:  # the last use of the Gram matrix: it is overwritten
-        return self._coefficients(len(self.rows), ridge).float().T @ self.rows
+    def solve(self, right: Tensor, ridge: float, *, fitted_only: bool = False) -> Tensor:
+        num_tokens = self.num_fitted if fitted_only else len(self.rows)
+        return solve_factored(self._factor(num_tokens, ridge), right[:num_tokens])
+
+    def predict(self, solution: Tensor) -> Tensor:
+        return (self.gram[:, : len(solution)] @ solution).float()
+
+    def matrix(self, solution: Tensor) -> Tensor:
+        return solution.float().T @ self.rows[: len(solution)]
+
+    def _factor(self, num_tokens: int, ridge: float) -> Tensor | None:
+        if (num_tokens, ridge) in self.factors:
+            return self.factors[num_tokens, ridge]
+        gram = self.gram[:num_tokens, :num_tokens]
+        gram = gram.clone() if num_tokens < len(self.gram) or self.keep else gram  # else this is its last use
+        factor = shifted_factor(gram, ridge * (float(gram.diagonal().sum()) / self.rows.shape[1]))
+        if self.keep:
+            self.factors[num_tokens, ridge] = factor
+        return factor
+
+
+class Moments(NamedTuple):
+    """H^T R (F, D) of the fitted and of the held-out tokens, and the squares of the held-out residuals."""
+
+    fitted: Tensor
+    held_out: Tensor
+    held_out_square: float
 
 
 class NeuronSpace:
     """W^T = (H^T H + r m I)^-1 H^T R, with the Gram matrices (F, F) and moments (F, D) of both halves."""
 
-    def __init__(self, rows: Tensor, residuals: Tensor, num_fitted: int):
-        halves = [(rows[:num_fitted], residuals[:num_fitted]), (rows[num_fitted:], residuals[num_fitted:])]
-        self.grams = [summed_products(h, h) for h, _ in halves]
-        self.moments = [summed_products(h, r) for h, r in halves]
-        self.held_out_square = float(halves[1][1].double().square().sum())
+    def __init__(self, rows: Tensor, num_fitted: int, *, keep: bool = False):
+        self.rows, self.num_fitted, self.keep = rows, num_fitted, keep
+        self.factors: dict[tuple[bool, float], Tensor | None] = {}
+        self.grams = [summed_products(h, h) for h in (rows[:num_fitted], rows[num_fitted:])]
 
-    def held_out_error(self, ridge: float) -> float:
-        solution = self._solution(self.grams[0], self.moments[0], ridge)
-        explained = 2 * self.moments[1] - self.grams[1] @ solution
-        return self.held_out_square - float((solution * explained).sum())
+    def right(self, residuals: Tensor) -> Moments:
+        n = self.num_fitted
+        halves = (self.rows[:n], residuals[:n]), (self.rows[n:], residuals[n:])
+        return Moments(*(summed_products(h, r) for h, r in halves), float(halves[1][1].double().square().sum()))
 
-    def solve(self, ridge: float) -> Tensor:
-        return self._solution(self.grams[0] + self.grams[1], self.moments[0] + self.moments[1], ridge).T.float()
+    def held_out_error(self, right: Moments, ridge: float) -> float:
+        solution = self.solve(right, ridge, fitted_only=True)
+        explained = 2 * right.held_out - self.grams[1] @ solution
+        return right.held_out_square - float((solution * explained).sum())
 
-    def _solution(self, gram: Tensor, moment: Tensor, ridge: float) -> Tensor:
-        return solve_shifted(gram.clone(), ridge * float(gram.diagonal().mean()), moment)
+    def solve(self, right: Moments, ridge: float, *, fitted_only: bool = False) -> Tensor:
+        moment = right.fitted if fitted_only else right.fitted + right.held_out
+        return solve_factored(self._factor(fitted_only, ridge), moment)
+
+    def predict(self, solution: Tensor) -> Tensor:
+        return self.rows @ solution.float()
+
+    def matrix(self, solution: Tensor) -> Tensor:
+        return solution.T.float()
+
+    def _factor(self, fitted_only: bool, ridge: float) -> Tensor | None:
+        if (fitted_only, ridge) in self.factors:
+            return self.factors[fitted_only, ridge]
+        gram = self.grams[0].clone() if fitted_only else self.grams[0] + self.grams[1]
+        factor = shifted_factor(gram, ridge * float(gram.diagonal().mean()))
+        if self.keep:
+            self.factors[fitted_only, ridge] = factor
+        return factor
 
 
 def summed_products(left: Tensor, right: Tensor) -> Tensor:
@@ -168,7 +229,17 @@ def summed_products(left: Tensor, right: Tensor) -> Tensor:
 
 def solve_shifted(gram: Tensor, shift: float, right: Tensor) -> Tensor:
     """(gram + shift I)^-1 right; zero where gram is zero. Overwrites `gram`."""
+    return solve_factored(shifted_factor(gram, shift), right)
+
+
+def shifted_factor(gram: Tensor, shift: float) -> Tensor | None:
+    """Cholesky factor of gram + shift I, None for a shift of 0: gram is zero then. Overwrites `gram`."""
     if shift == 0:
-        return torch.zeros_like(right)
+        return None
     gram.diagonal().add_(shift)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(gram, out=gram))
+    return torch.linalg.cholesky(gram, out=gram)
+
+
+def solve_factored(factor: Tensor | None, right: Tensor) -> Tensor:
+    """Solution of the equations with a Cholesky factor; zero without one."""
+    return torch.zeros_like(right) if factor is None else torch.cholesky_solve(right, factor)

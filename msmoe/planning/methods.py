@@ -44,7 +44,8 @@ class Parameters:
         align: how neurons are matched; align_to: the group's `dominant` expert, the `first` of the layer, or the `mean`
             of the other members, in turn until nothing moves.
         canonical: scale ReLU neurons to a canonical form before matching and averaging.
-        refit: re-solve `wo` on calibration tokens, each layer by itself or in order; and again after factorising.
+        refit: re-solve `wo` on calibration tokens for the routing that the compressed layer does, each layer by itself
+            or in order; and again after factorising.
         routing: `original` rows with a map to the groups, or the rows of the `dominant` experts only.
         rank, keep_rows, energy, target_bytes, target_ratio, svd, row_score: factorise the merged experts, if a rank,
             an energy or a target is given; see `msmoe.lowrank.options.FactorOptions`. `target_ratio` is of the
@@ -188,6 +189,20 @@ METHODS = {
             "arXiv 2402.14800",
             replace(PRUNE, selection="subset"),
         ),
+        Method(
+            "frequency-refit",
+            "pruning",
+            "frequency, the tokens of the others sent to the nearest kept expert, its wo re-solved for them",
+            "this project",
+            Parameters(others="nearest", refit="independent"),
+        ),
+        Method(
+            "reap-refit",
+            "pruning",
+            "reap, the tokens of the others sent to the nearest kept expert, its wo re-solved for them",
+            "this project; after arXiv 2510.13999",
+            replace(UNIFORM, saliency="reap", others="nearest", refit="independent"),
+        ),
         Method("random-pruning", "pruning", "keep random experts", "baseline", replace(PRUNE, saliency="random")),
         Method(
             "mone",
@@ -279,6 +294,16 @@ METHODS = {
             "hierarchical clustering of mean expert outputs, usage-weighted average, not aligned",
             "HC-SMoE, arXiv 2410.08589",
             replace(UNIFORM, similarity="expert-output", metric="euclidean", grouping="hierarchical", align="none"),
+        ),
+        Method(
+            "hc-smoe-refit",
+            "clustering",
+            "hc-smoe, then wo of each merged expert re-solved on calibration tokens in closed form",
+            "this project; after arXiv 2410.08589",
+            replace(
+                UNIFORM, similarity="expert-output", metric="euclidean", grouping="hierarchical", align="none",
+                refit="independent",
+            ),
         ),
         Method(
             "sub-moe",
@@ -391,8 +416,8 @@ def check_combination(method: str, parameters: Parameters, given: dict) -> None:
                 raise UserError(f"--{name.replace('_', '-')} has no effect with --others {parameters.others}")
         if parameters.routing == "dominant" and "routing" in given:
             raise UserError(f"--routing dominant has no effect with --others {parameters.others}")
-    if parameters.refit != "none" and (parameters.routing == "dominant" or parameters.others in REROUTING):
-        raise UserError("--refit needs the original routing: it reproduces what each token's own expert gave")
+    if parameters.refit == "sequential" and parameters.others == "mean-output":
+        raise UserError("--refit sequential does not work with --others mean-output: choose independent, or nearest")
     if parameters.align_to == "mean" and parameters.align not in ("weight", "none"):
         raise UserError(f"--align-to mean needs --align weight, not {parameters.align}")
 

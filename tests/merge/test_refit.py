@@ -164,7 +164,9 @@ def test_the_solution_agrees_with_an_augmented_least_squares_problem(space, num_
     augmented = torch.cat([rows.double(), pull**0.5 * torch.eye(F, dtype=torch.float64)])
     wanted = torch.cat([residuals.double(), torch.zeros(F, D, dtype=torch.float64)])
     expected = torch.linalg.lstsq(augmented, wanted).solution.T
-    torch.testing.assert_close(space(rows, residuals, 2).solve(ridge), expected.float(), rtol=1e-3, atol=1e-4)
+    found = space(rows, 2)
+    solution = found.matrix(found.solve(found.right(residuals), ridge))
+    torch.testing.assert_close(solution, expected.float(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("num_fitted", [4, 25])
@@ -172,6 +174,25 @@ def test_the_solution_agrees_with_an_augmented_least_squares_problem(space, num_
 def test_the_held_out_error_is_that_of_the_solution_on_the_fitted_tokens(space, num_fitted):
     generator = torch.Generator().manual_seed(0)
     rows, residuals = torch.randn(40, F, generator=generator), torch.randn(40, D, generator=generator)
-    fitted = space(rows[:num_fitted], residuals[:num_fitted], num_fitted - 1).solve(0.01)
+    part = space(rows[:num_fitted], num_fitted - 1)
+    fitted = part.matrix(part.solve(part.right(residuals[:num_fitted]), 0.01))
     expected = float((rows[num_fitted:] @ fitted.T - residuals[num_fitted:]).double().square().sum())
-    assert space(rows, residuals, num_fitted).held_out_error(0.01) == pytest.approx(expected, rel=1e-4)
+    whole = space(rows, num_fitted)
+    assert whole.held_out_error(whole.right(residuals), 0.01) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("num_fitted", [4, 25])
+@pytest.mark.parametrize("space", [TokenSpace, NeuronSpace])
+def test_what_is_kept_of_the_rows_serves_other_residuals(space, num_fitted):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, F, generator=generator)
+    kept = space(rows, num_fitted, keep=True)
+    for _ in range(2):
+        residuals = torch.randn(40, D, generator=generator)
+        fresh = space(rows, num_fitted)
+        one, other = kept.right(residuals), fresh.right(residuals)
+        for fitted_only in (True, False):
+            solution = kept.solve(one, 0.1, fitted_only=fitted_only)
+            assert torch.equal(solution, fresh.solve(other, 0.1, fitted_only=fitted_only))
+            expected = rows @ kept.matrix(solution).T
+            torch.testing.assert_close(kept.predict(solution), expected, rtol=1e-3, atol=1e-4)
