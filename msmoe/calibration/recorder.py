@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from msmoe.calibration.stats import LayerStats, sort_rows
+from msmoe.calibration.layer_stats import LayerStats
+from msmoe.calibration.statistics import sort_rows
 from msmoe.families import Family, Routing
 from msmoe.layer.tokens import TokenSample, sample_mask, token_keys
 
