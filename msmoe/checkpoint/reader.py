@@ -41,6 +41,7 @@ DTYPES = {
     "F64": Stored(8, "float64"), "F32": Stored(4, "float32"), "F16": Stored(2, "float16"),
     "BF16": Stored(2, "bfloat16"), "I64": Stored(8, "int64"), "I32": Stored(4, "int32"), "I16": Stored(2, "int16"),
     "I8": Stored(1, "int8"), "U8": Stored(1, "uint8"), "BOOL": Stored(1, "bool"),
+    "F8_E4M3": Stored(1, "float8_e4m3fn"), "F8_E5M2": Stored(1, "float8_e5m2"),
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library
@@ -221,15 +222,23 @@ class Checkpoint:
         except KeyError:
             raise UserError(f"{self.path} has no tensor {name}") from None
 
-    def read(self, name: str, *, index: int | None = None) -> Tensor:
-        """Load one tensor, or the slice `index` of its leading axis, in its stored dtype."""
+    def read(self, name: str, *, index: int | None = None, rows: int = 0) -> Tensor:
+        """Load one tensor, or a slice of its leading axis, in its stored dtype.
+
+        Args:
+            index: of the slice; None for the whole tensor.
+            rows: that a slice has; 0 for the entry at `index`, without the axis.
+        """
         import torch
 
         spec = self.spec(name)
         place = self._entries[name][1]
+        slice_shape = (rows, *spec.shape[1:]) if rows else spec.shape[1:]
         if isinstance(place, torch.Tensor):
-            return (place if index is None else place[index]).clone(memory_format=torch.contiguous_format)
-        tensor = torch.empty(spec.shape if index is None else spec.shape[1:], dtype=to_dtype(spec.dtype))
+            if index is not None:
+                place = place[index * rows : (index + 1) * rows] if rows else place[index]
+            return place.clone(memory_format=torch.contiguous_format)
+        tensor = torch.empty(spec.shape if index is None else slice_shape, dtype=to_dtype(spec.dtype))
         if tensor.numel():
             buffer = tensor.view(-1).view(torch.uint8).numpy().data
             with self._opened(name, (index or 0) * len(buffer)) as stream:
@@ -248,13 +257,13 @@ class Checkpoint:
             raise UserError(f"{name} of {self.path} is {spec.dtype}, expected integers (I64 or I32)")
         return list(struct.unpack(f"<{spec.num_parameters}{letter}", b"".join(self.blocks(name))))
 
-    def read_finite(self, name: str, *, index: int | None = None) -> Tensor:
-        """Load one tensor, or the slice `index` of its leading axis, as float32.
+    def read_finite(self, name: str, *, index: int | None = None, rows: int = 0) -> Tensor:
+        """Load one tensor, or a slice of its leading axis as of `read`, in float32.
 
         Raises:
             UserError: if it holds NaN or infinite values; the message names the tensor.
         """
-        tensor = self.read(name, index=index).float()
+        tensor = self.read(name, index=index, rows=rows).float()
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise UserError(f"tensor {name} of {self.path} holds NaN or infinite values")
         return tensor

@@ -27,6 +27,8 @@ class StoredPart:
         companions: tensors that travel with it and give it its values, e.g. scales: name -> position on their leading
             axis, None for a tensor of the expert's own.
         encoding: `plain`, or how the values are quantised: `fp8`, `mxfp4`.
+        rows: of the leading axis that belong to an `index`, where experts lie one below the other in a matrix; 0 where
+            the leading axis counts experts.
     """
 
     key: str
@@ -36,6 +38,7 @@ class StoredPart:
     interleaved: bool = False
     companions: tuple[tuple[str, int | None], ...] = ()
     encoding: str = "plain"
+    rows: int = 0
 
     def split(self, stored: Tensor) -> dict[str, Tensor]:
         """The weights in a stored tensor, outputs first: (F, D) of inputs, (D, F) of the output, biases (F,) or (D,)."""
