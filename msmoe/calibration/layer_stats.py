@@ -1,10 +1,10 @@
 """Statistics of one layer, from a recorder or from a file.
 
-Shapes: E experts, D d_model, N sequences, S sampled tokens, K chosen experts of a token.
+Shapes: E experts, D d_model, S sampled tokens.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,6 @@ from msmoe.layer.tokens import TokenSample
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-SAMPLE_FIELDS = tuple(f.name for f in fields(TokenSample))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +77,8 @@ class LayerStats(Sums):
         return {name: counts.numpy() for name, counts in self.domain_routed.items()}
 
     def sample_arrays(self) -> dict[str, np.ndarray]:
-        """The token sample by the names of its attributes, read from disk if need be."""
-        sample = self.tokens()
-        return {name: getattr(sample, name).numpy() for name in SAMPLE_FIELDS}
+        """The token sample as it is stored, by the names of its attributes, read from disk if need be."""
+        return {name: tensor.numpy() for name, tensor in self.tokens().stored().items()}
 
     def has(self, name: str) -> bool:
         """Whether the statistics hold an optional sum."""
@@ -201,7 +198,7 @@ class LoadedLayer(LayerStats):
     def _read_sample(self) -> TokenSample:
         import torch
 
-        return TokenSample(**{name: torch.from_numpy(array) for name, array in self.stored.sample().items()})
+        return TokenSample.from_stored({name: torch.from_numpy(a) for name, a in self.stored.sample().items()})
 
 
 for _statistic in STATISTICS:

@@ -14,13 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from msmoe.calibration.layer_stats import (
-    SAMPLE_FIELDS,
-    LayerStats,
-    LoadedLayer,
-    with_gradients,
-    with_output_gradient,
-)
+from msmoe.calibration.layer_stats import LayerStats, LoadedLayer, with_gradients, with_output_gradient
 from msmoe.calibration.records import OTHER
 from msmoe.calibration.statistics import IN_TENSORS
 from msmoe.calibration.stored import DOMAINS, FORMAT, read_statistics
@@ -196,8 +190,8 @@ class Stats:
             if layer.domain_routed:
                 tensors[f"{name}/{DOMAINS}"] = torch.stack(list(layer.domain_routed.values()))
             sample = layer.tokens()
-            for key in SAMPLE_FIELDS:
-                tensors[f"{name}/sample/{key}"] = getattr(sample, key).contiguous()
+            for key, value in sample.stored().items():
+                tensors[f"{name}/sample/{key}"] = value.contiguous()
             tensors[f"{name}/sample/weight"] = sample.weights(layer.dispatched)
             tensors[f"{name}/sample/held_out"] = sample.held_out
         return tensors

@@ -102,6 +102,8 @@ class StoredLayer:
             raise UserError(f"{where}/gate holds values that are no probabilities")
         if num_sampled and min(found["key"].min(), found["position"].min()) < 0:
             raise UserError(f"{where} holds negative keys or positions")
+        if self.top_k > 1 and (np.diff(np.sort(found["expert"], axis=1), axis=1) == 0).any():
+            raise UserError(f"{where}/expert names an expert twice for one token")
         if (np.bincount(found["expert"].ravel(), minlength=num_experts) > dispatched).any():
             raise UserError(f"{where} holds more tokens of an expert than were dispatched to it")
 

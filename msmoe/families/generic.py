@@ -6,7 +6,7 @@ Shapes: E experts, F d_ff, D d_model.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,7 +27,7 @@ from msmoe.layer.stored import StoredPart
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from msmoe.layer.routing import Routed, Router
+    from msmoe.layer.routing import ExpertOutputs, Routed, Router
 
 LEAST_PER_GROUP = 2  # a group's score is the sum of its two best
 
@@ -340,8 +340,25 @@ class GenericFamily:
         """Hear the routing of every MoE layer of a model until the returned stack is closed."""
         from msmoe.families.listening import listen_to
 
-        config = json.loads(json.dumps(model.config.to_dict(), default=str)) | {"architectures": [type(model).__name__]}
-        return listen_to(model, blocks_of(config), hear)
+        return listen_to(model, model_blocks(model), hear)
+
+    def expert_outputs(self, model: nn.Module) -> ExpertOutputs:
+        """Where the outputs of the experts can be seen; nowhere in families that do not call them with their choices."""
+        from msmoe.layer.routing import ExpertOutputs
+
+        heard = [block for block in model_blocks(model) if not block.special.hears_router]
+        return ExpertOutputs(calls={block.name: model.get_submodule(block.experts) for block in heard})
+
+    def forward(self, model: Any, batch: dict[str, Tensor]) -> Iterator[Tensor]:
+        """Run the stack of a model over `input_ids` (B, S); yields its valid tokens (B, S) before."""
+        yield batch["attention_mask"].bool()
+        model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+
+
+def model_blocks(model: Any) -> tuple[Block, ...]:
+    """MoE blocks of a model in memory."""
+    config = json.loads(json.dumps(model.config.to_dict(), default=str)) | {"architectures": [type(model).__name__]}
+    return blocks_of(config)
 
 
 GENERIC = GenericFamily()

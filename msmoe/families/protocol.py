@@ -5,7 +5,8 @@ Shapes: B batch, S sequence, T tokens, E experts, D d_model, F d_ff.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -16,6 +17,8 @@ from msmoe.lowrank.shapes import FactorShape
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from msmoe.layer.routing import ExpertOutputs, Routed
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,14 @@ class Family(Protocol):
 
     def routing(self, inputs: tuple, outputs: tuple) -> Routing:
         """Read a router's forward hook."""
+        ...
+
+    def listen(self, model: nn.Module, hear: Callable[[str, Routed], None]) -> ExitStack:
+        """Call `hear` with a layer's name and its routing whenever it runs, until the returned stack is closed."""
+        ...
+
+    def expert_outputs(self, model: nn.Module) -> ExpertOutputs:
+        """Where the outputs of the experts can be seen."""
         ...
 
     def layer_output(self, outputs: Any) -> Tensor:
