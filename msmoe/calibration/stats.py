@@ -17,8 +17,9 @@ import numpy as np
 from msmoe.calibration.layer_stats import LayerStats, LoadedLayer, with_gradients, with_output_gradient
 from msmoe.calibration.records import OTHER
 from msmoe.calibration.statistics import IN_TENSORS
+from msmoe.calibration.statistics import STATISTICS as STATISTICS_OF_A_LAYER
 from msmoe.calibration.stored import DOMAINS, FORMAT, read_statistics
-from msmoe.errors import UserError
+from msmoe.errors import UserError, warn
 from msmoe.places import STATISTICS
 from msmoe.tables import html_table
 
@@ -80,10 +81,14 @@ class Stats:
         If only one side has domains, the other side's tokens count as the domain `other`.
 
         Raises:
-            UserError: if they come from different checkpoints.
+            UserError: if they come from different checkpoints, or both are the same.
+
+        Warns:
+            MsmoeWarning: if some data are on both sides, whose tokens then count twice.
         """
         if self.checkpoint != other.checkpoint:
             raise UserError("statistics of different checkpoints do not add up (fingerprints differ)")
+        self._check_disjoint(other)
         data = {
             "source": f"{self.data['source']} + {other.data['source']}",
             "num_records": self.data["num_records"] + other.data["num_records"],
@@ -93,6 +98,17 @@ class Stats:
             **_added_domains(self.data, other.data),
         }
         return Stats({name: layer + other.layers[name] for name, layer in self.layers.items()}, data, self.checkpoint)
+
+    def _check_disjoint(self, other: "Stats") -> None:
+        """Refuse to add statistics to themselves; say which data are on both sides."""
+        if set(self._parts) == set(other._parts):
+            raise UserError("these are the same statistics: their sum would count every token twice")
+        shared = sorted({*self._parts} & {*other._parts})
+        if shared:
+            names = ", ".join(digest[:12] for digest in shared)
+            warn(f"both sums hold the statistics {names}: their tokens count twice")
+        elif self.identity == other.identity:
+            warn(f"both statistics are of the same records of {self.data['source']}: their tokens count twice")
 
     @property
     def covers(self) -> frozenset[str]:
@@ -134,6 +150,25 @@ class Stats:
             for key, array in arrays.items():
                 digest.update(f"{name}/{key}\0{array.dtype}\0{array.shape}\0".encode(errors="surrogatepass"))
                 digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        return digest.hexdigest()
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of what was counted: which tokens of which records, by which checkpoint, and where they were routed.
+
+        No rounded sum is part of it, so that statistics of two parts of some data, added up, have the identity of
+        those of all of it, and the batch size does not show: unless the best logits of a token tie to rounding.
+        """
+        described = [self.checkpoint, self.data["num_records"], self.data["num_tokens"], self.data.get("domains")]
+        digest = sha256(json.dumps(described, sort_keys=True).encode(errors="surrogatepass"))
+        for name, layer in self.layers.items():
+            sample = layer.sample_arrays()
+            arrays = {row.name: layer.array(row.name) for row in STATISTICS_OF_A_LAYER if row.is_integer}
+            arrays |= {f"domain/{domain}": counts for domain, counts in layer.domain_arrays().items()}
+            arrays |= {key: sample[key] for key in ("record", "position", "expert")}
+            for key, array in arrays.items():
+                digest.update(f"{name}/{key}\0{array.shape}\0".encode(errors="surrogatepass"))
+                digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
         return digest.hexdigest()
 
     @cached_property

@@ -343,7 +343,7 @@ class GenericFamily:
         return listen_to(model, model_blocks(model), hear)
 
     def expert_outputs(self, model: nn.Module) -> ExpertOutputs:
-        """Where the outputs of the experts can be seen; nowhere in families that do not call them with their choices."""
+        """Where outputs of experts can be seen; nowhere in families that do not call experts with their choices."""
         from msmoe.layer.routing import ExpertOutputs
 
         heard = [block for block in model_blocks(model) if not block.special.hears_router]

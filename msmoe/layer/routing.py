@@ -5,7 +5,7 @@ Shapes: T tokens, K chosen experts of a token, E experts, D d_model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -52,8 +52,8 @@ class ExpertOutputs:
         layers: give the output of the one expert that a token chose times its weight, and nothing else.
     """
 
-    calls: Mapping[str, nn.Module] = field(default_factory=dict)
-    layers: Mapping[str, nn.Module] = field(default_factory=dict)
+    calls: dict[str, nn.Module] = field(default_factory=dict)
+    layers: dict[str, nn.Module] = field(default_factory=dict)
 
 
 class Router(Protocol):
