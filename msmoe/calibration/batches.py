@@ -32,11 +32,22 @@ def batch_indices(records: Sequence[TokenRecord], batch_size: int) -> Iterator[l
 
 
 def collate(records: Sequence[TokenRecord], *, pad_id: int) -> dict[str, Tensor]:
-    """Right-pad records: `input_ids` (B, S), `attention_mask` (B, S), `labels` (B, S') padded with -100."""
+    """Right-pad records: `input_ids` (B, S), `attention_mask` (B, S), `labels` (B, S') padded with -100.
+
+    Of records of a decoder-only model S' is S.
+    """
     inputs = pad([r.input_ids for r in records], pad_id)
     lengths = torch.tensor([len(r.input_ids) for r in records])
     mask = (torch.arange(inputs.shape[1]) < lengths[:, None]).long()
     return {"input_ids": inputs, "attention_mask": mask, "labels": pad([r.labels for r in records], IGNORE)}
+
+
+def collate_prompts(prompts: Sequence[Sequence[int]], *, pad_id: int) -> dict[str, Tensor]:
+    """Left-pad what a decoder-only model goes on from: `input_ids` and `attention_mask` (B, longest)."""
+    inputs = pad([prompt[::-1] for prompt in prompts], pad_id).flip(1)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    mask = (torch.arange(inputs.shape[1]).flip(0) < lengths[:, None]).long()
+    return {"input_ids": inputs, "attention_mask": mask}
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:

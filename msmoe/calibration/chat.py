@@ -51,12 +51,48 @@ def render(messages: Sequence[Mapping[str, str]], tokenizer: Any, place: str) ->
         DataError: if the template refuses the messages.
     """
     if getattr(tokenizer, "chat_template", None):
-        try:
-            return tokenizer.apply_chat_template(
-                [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template raises what it likes
-            raise DataError(f"{place}: the tokenizer's chat template refuses the messages: {error}") from error
+        return by_template(messages, tokenizer, place, prompt=True)
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n".join([*(f"{m['role']}: {m['content']}" for m in messages), "assistant:"])
+
+
+def by_template(messages: Sequence[Mapping[str, str]], tokenizer: Any, place: str, *, prompt: bool) -> str:
+    """The messages as the tokenizer's chat template writes them, perhaps with the prompt of the assistant.
+
+    Raises:
+        DataError: if the template refuses them.
+    """
+    try:
+        return tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=prompt)
+    except Exception as error:  # a template raises what it likes
+        raise DataError(f"{place}: the tokenizer's chat template refuses the messages: {error}") from error
+
+
+def prompt_and_answer(
+    messages: Sequence[Mapping[str, str]], tokenizer: Any, place: str, answer: str | None = None
+) -> tuple[str, str]:
+    """What a decoder reads before the last turn of the assistant, and that turn, both as the chat template writes them.
+
+    Args:
+        answer: in the place of what the assistant said.
+
+    Raises:
+        DataError: without a chat template, or if it refuses the messages or writes the conversation with its answer
+            differently from the prompt for it.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"{place} is a conversation and the tokenizer has no chat template, which a decoder-only model needs: "
+            "use source and target"
+        )
+    before, said = conversation(messages)
+    turn = {"role": "assistant", "content": said if answer is None else answer}
+    prompt = by_template(before, tokenizer, place, prompt=True)
+    whole = by_template([*before, turn], tokenizer, place, prompt=False)
+    if not whole.startswith(prompt):
+        raise DataError(
+            f"{place}: the tokenizer's chat template writes a conversation with its answer differently from the prompt "
+            f"for that answer, which ends with {prompt[-40:]!r}: use source and target"
+        )
+    return prompt, whole[len(prompt) :]

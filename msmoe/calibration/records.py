@@ -29,9 +29,11 @@ KINDS = {
     "pair": ("source", "target"),
     "text": ("text",),
     "chat": ("messages",),
+    "choices": ("source", "choices", "answer"),
+    "ids": ("input_ids",),
 }  # what a record is: the first kind whose fields it has
 MASKS = {"input_ids": "attention_mask", "labels": "decoder_attention_mask"}
-FIELDS = (*(field for fields in KINDS.values() for field in fields), *MASKS.values(), "domain")
+FIELDS = (*dict.fromkeys(field for fields in KINDS.values() for field in fields), *MASKS.values(), "domain")
 IDENTIFIERS = ("id", "_id", "idx", "index", "guid", "uid")  # of no use here, and no surprise either
 MAX_DOMAINS = 256
 OTHER = "other"  # domain of the records without one, where others have one
@@ -62,16 +64,18 @@ class Records(list[Record]):
 
 
 def kind_of(record: Mapping[str, Any]) -> str | None:
-    """Which of the `KINDS` a record is; a field that is null is not there."""
-    return next((kind for kind, fields in KINDS.items() if all(record.get(f) is not None for f in fields)), None)
+    """Which of the `KINDS` a record is; a field that is null is not there, but ids with null for labels are no kind."""
+    kind = next((kind for kind, fields in KINDS.items() if all(record.get(f) is not None for f in fields)), None)
+    return None if kind == "ids" and "labels" in record else kind
 
 
 def read_records(data: Source, *, columns: Columns | None = None) -> Records:
     """Read the records of one file, data set or sequence; blank ones are skipped and counted.
 
-    A record is `{"source", "target"}`, `{"text"}`, `{"input_ids", "labels"}` (with `attention_mask` and
-    `decoder_attention_mask` where there is padding), or `{"messages"}`. Blank is one whose text, or whose target, is
-    null, empty or white space.
+    A record is `{"source", "target"}`, `{"text"}`, `{"messages"}`, `{"source", "choices", "answer"}` with the position
+    of the right choice, from 0, or `{"input_ids", "labels"}` (with `attention_mask` and `decoder_attention_mask` where
+    there is padding); decoder-only models also read `{"input_ids"}`. Blank is one whose text, or whose target, is null,
+    empty or white space.
 
     Args:
         data: a file (see `read_file`), `-` for standard input, a folder or the name of a data set, perhaps with
@@ -185,8 +189,7 @@ def check_record(record: Any, place: str) -> Record | None:
         )
     checked.place, checked.kind = place, kind
     for field in KINDS[kind]:
-        check = {"tokens": check_ids, "chat": check_chat}.get(kind, check_text)
-        check(checked, field)
+        CHECKS.get(field, check_text)(checked, field)
     return None if is_blank_record(checked) else checked
 
 
@@ -230,6 +233,29 @@ def check_chat(record: Record, field: str) -> None:
         check_characters(message["content"], f"{record.place}: {field}")
 
 
+def check_choices(record: Record, field: str) -> None:
+    """Make the choices a list of at least two texts."""
+    value = record[field]
+    value = value.value() if isinstance(value, Cell) else value
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(text, str) for text in value):
+        raise DataError(f"{record.place}: {field} must be a list of at least two strings")
+    for text in value:
+        check_characters(text, f"{record.place}: {field}")
+        if is_blank(text):
+            raise DataError(f"{record.place}: {field} must not be blank, got {text!r}")
+    record[field] = value
+
+
+def check_answer(record: Record, field: str) -> None:
+    """Make the answer the position of one of the choices."""
+    value = record[field]
+    value = value.value() if isinstance(value, Cell) else value
+    last = len(record["choices"]) - 1
+    if type(value) is not int or not 0 <= value <= last:
+        raise DataError(f"{record.place}: {field} must be the position of a choice, from 0 to {last}, got {value!r}")
+    record[field] = value
+
+
 def check_characters(text: str, place: str) -> None:
     """Raise `DataError` for half a surrogate pair, which JSON may hold and no tokenizer reads."""
     try:
@@ -240,6 +266,12 @@ def check_characters(text: str, place: str) -> None:
         ) from error
 
 
+CHECKS = {
+    "input_ids": check_ids, "labels": check_ids, "messages": check_chat, "choices": check_choices,
+    "answer": check_answer,
+}  # what a field is checked by, where it is not a text  # fmt: skip
+
+
 def is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip()) or value == []
 
@@ -248,15 +280,15 @@ def is_blank_record(record: Record) -> bool:
     if record.kind == "chat":
         before, answer = conversation(record["messages"])
         return is_blank(answer) or all(is_blank(m["content"]) for m in before)
-    if record.kind == "tokens":
+    if record.kind in ("tokens", "ids"):
         masks = [record.get(mask) for mask in MASKS.values()]
-        return any(is_blank(record[f]) for f in KINDS["tokens"]) or any(m is not None and 1 not in m for m in masks)
+        return any(is_blank(record[f]) for f in KINDS[record.kind]) or any(m is not None and 1 not in m for m in masks)
     return any(is_blank(record[field]) for field in KINDS[record.kind])
 
 
 def unused_fields(record: Record) -> set[str]:
     """Fields that nothing reads; identifiers are nothing to speak of."""
-    masks = MASKS.values() if record.kind == "tokens" else ()
+    masks = [MASKS[field] for field in KINDS[record.kind] if field in MASKS]
     given = {str(name) for name, value in record.items() if value is not None}
     return given - {*KINDS[record.kind], *masks, "domain", *IDENTIFIERS}
 

@@ -12,7 +12,13 @@ MEAN_SPAN_LENGTH = 3.0
 
 @dataclass(frozen=True)
 class TokenRecord:
-    """One record as token ids, both sequences unpadded."""
+    """One record as token ids, both sequences unpadded.
+
+    Attributes:
+        input_ids: what the encoder reads; of a decoder-only model, everything: what is given and what is wanted.
+        labels: what the decoder writes. Of a decoder-only model, as long as `input_ids`: at every position its own
+            token, or -100 where that does not count. The first never counts: no position before it predicts it.
+    """
 
     input_ids: list[int]
     labels: list[int]

@@ -26,8 +26,11 @@ from msmoe.units import human_bytes
 )
 @click.option(
     "--metrics",
-    help="Comma-separated: exact_match, accuracy, macro_f1, loss. Default: all the data allow; of those "
-    "given, a task gets the ones it allows.",
+    help="Comma-separated: exact_match, accuracy, macro_f1, loss, perplexity, kl, accuracy_norm. Default: all the data "
+    "allow, perplexity for decoder-only models; of those given, a task gets the ones it allows.",
+)
+@click.option(
+    "--reference", metavar="CKPT", help="Checkpoint that kl compares with, such as the original; both are in memory."
 )
 @click.option("--out", type=click.Path(path_type=Path), help="results.json to write.")
 @click.option("--batch-size", type=AT_LEAST_ONE, default=64, show_default=True, help="Examples per forward pass.")
@@ -44,15 +47,18 @@ from msmoe.units import human_bytes
 @json_option
 def command(
     checkpoint: Path, tasks: tuple[str, ...], metrics: str | None, out: Path | None, force: bool, as_json: bool,
-    device: str, dtype: str, columns: dict[str, str] | None, **options,
+    device: str, dtype: str, columns: dict[str, str] | None, reference: str | None, **options,
 ) -> None:  # fmt: skip
     """Measure a checkpoint on tasks, with 95 % bootstrap intervals. Reads originals and all exports.
 
     \b
     exact_match  what `generate` writes equals the target; an answer that is no label is wrong
-    accuracy     the label of highest likelihood is the target
+    accuracy     the label, or the choice, of highest likelihood is the right one
     macro_f1     of the generated answers, averaged over labels
-    loss         cross-entropy per target token
+    loss         cross-entropy per target token, in nats
+    perplexity   its exponential
+    kl           KL(reference || model) per target token, in nats
+    accuracy_norm  as accuracy of choices, by likelihood per token
     Answers are greedy, whatever the checkpoint's own settings; the results say which were used.
     Example: msmoe evaluate switch-small --data tasks/sentiment.jsonl --out results.json
     """
@@ -68,15 +74,21 @@ def command(
         check_place(out, FILE, force=force, inputs=[checkpoint, *files])
     wanted = metrics.split(",") if metrics else None
     if wanted is not None:
-        check_names(wanted)
+        check_names(wanted, has_reference=reference is not None)
     place, precision = choose_device(device), choose_dtype(dtype)
-    model, results = None, []
+    model, other, results = None, None, []
     for file in files:
         with progress(name_of(file)) as update, memory_explained(ADVICE):
             model = load(checkpoint, dtype=precision).to(place) if model is None else model
+            if reference is not None and other is None:
+                other = load(reference, dtype=precision).to(place)
             records = read_records(file, columns=columns)
-            chosen = wanted and applicable(wanted, records)
-            results.append(evaluate(model, records, metrics=chosen, task=name_of(file), progress=update, **options))
+            chosen = wanted and applicable(wanted, records, has_reference=other is not None)
+            results.append(
+                evaluate(
+                    model, records, metrics=chosen, reference=other, task=name_of(file), progress=update, **options
+                )
+            )
     if out is not None:
         save_results(results, out, force=force)
     if as_json:
@@ -100,21 +112,23 @@ def command(
     )
 
 
-def check_names(names: list[str]) -> None:
-    """Refuse an unknown metric before any model is loaded."""
+def check_names(names: list[str], *, has_reference: bool) -> None:
+    """Refuse an unknown metric, or one that lacks its reference, before any model is loaded."""
     from msmoe.errors import UserError
     from msmoe.evaluation.run import METRICS
 
     for name in names:
         if name not in METRICS:
             raise UserError(f"unknown metric {name!r}; choose from {', '.join(METRICS)}")
+    if "kl" in names and not has_reference:
+        raise UserError("kl compares with another model: give it by --reference")
 
 
-def applicable(names: list[str], records: list) -> list[str]:
+def applicable(names: list[str], records: list, *, has_reference: bool) -> list[str]:
     """The metrics that a task's records allow; all of them, to be refused by name, if they allow none."""
     from msmoe.evaluation.run import allowed_metrics
 
-    allowed = allowed_metrics(records)
+    allowed = allowed_metrics(records, has_reference=has_reference)
     return [name for name in names if name in allowed] or names
 
 

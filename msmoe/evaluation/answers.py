@@ -4,8 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from msmoe.calibration.tokenization import encode
-from msmoe.calibration.tokenizer import SpecialTokens
+from msmoe.calibration.tokenizer import SpecialTokens, encode
 
 MORE_TOKENS = 2  # that an answer may have than the longest target
 
@@ -20,16 +19,16 @@ def greedy(special: SpecialTokens, *, max_new_tokens: int, min_new_tokens: int |
         do_sample=False,
         num_beams=1,
         pad_token_id=special.pad_id,
-        eos_token_id=special.eos_id,
+        eos_token_id=list(special.eos_ids) or None if special.is_causal else special.eos_id,
         decoder_start_token_id=special.start_id,
     )
 
 
 def describe(settings: Any) -> dict:
     """The settings that decide what is generated, for results."""
-    names = (
-        "max_new_tokens", "do_sample", "num_beams", "pad_token_id", "eos_token_id", "decoder_start_token_id",
-    )  # fmt: skip
+    names = ["max_new_tokens", "do_sample", "num_beams", "pad_token_id", "eos_token_id"]
+    if settings.decoder_start_token_id is not None:
+        names.append("decoder_start_token_id")
     return {name: getattr(settings, name) for name in names}
 
 

@@ -47,6 +47,13 @@ def loss_per_token(losses: np.ndarray, num_tokens: np.ndarray) -> Estimate:
     return bootstrap(lambda chosen: float(losses[chosen].sum() / num_tokens[chosen].sum()), len(losses))
 
 
+def perplexity(loss: Estimate) -> Estimate:
+    """exp of a loss in nats per token, ends of the interval included."""
+    with np.errstate(over="ignore"):
+        value, low, high = (float(np.exp(x)) for x in (loss.value, loss.low, loss.high))
+    return Estimate(value, low, high, loss.num_examples)
+
+
 def macro_f1(predicted: Sequence[str], gold: Sequence[str], labels: Sequence[str] = ()) -> Estimate:
     """F1 averaged over the labels that are the gold one of an example.
 

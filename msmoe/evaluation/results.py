@@ -22,7 +22,8 @@ class TaskResult:
         metrics: metric -> value with interval.
         majority_share: share of the most frequent target; None for tasks without a small set of labels.
         num_parameters: parameters of the model; num_bytes: its weights on disk, None for a model in memory.
-        flops_per_token: multiply-adds counted twice, of one forward pass over source and target tokens.
+        flops_per_token: multiply-adds counted twice, of one forward pass over source and target tokens, all of which a
+            decoder-only model reads in one sequence.
         seconds: time of the evaluation; peak_memory: bytes resident at most in this process so far.
         right: (N,) 0 or 1 per example, in file order, whether the generated answer is the target; empty without that
             metric. losses: (N, 2) summed loss and number of target tokens per example.
@@ -51,17 +52,26 @@ class TaskResult:
             "source": self.source,
             "task": self.task,
             "metrics": {
-                name: {"value": e.value, "ci95": [e.low, e.high], "num_examples": e.num_examples}
+                name: {
+                    "value": finite(e.value),
+                    "ci95": [finite(e.low), finite(e.high)],
+                    "num_examples": e.num_examples,
+                }
                 for name, e in self.metrics.items()
             },
             "majority_share": self.majority_share,
             "num_parameters": self.num_parameters,
             "bytes": self.num_bytes,
-            "flops_per_token": self.flops_per_token if math.isfinite(self.flops_per_token) else None,
+            "flops_per_token": finite(self.flops_per_token),
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory,
             "settings": self.settings,
         }
+
+
+def finite(value: float) -> float | None:
+    """The value, None for NaN and infinite ones, which JSON does not know."""
+    return value if math.isfinite(value) else None
 
 
 def results_frame(results: Sequence[TaskResult]):
@@ -69,7 +79,8 @@ def results_frame(results: Sequence[TaskResult]):
 
     Columns:
         checkpoint, task, metric: names.
-        value: of the metric; exact_match, accuracy and macro_f1 from 0 to 1, loss in nats per target token, from 0.
+        value: of the metric; exact_match, accuracy, accuracy_norm and macro_f1 from 0 to 1, loss and kl in nats per
+            target token, from 0, perplexity from 1.
         low, high: ends of its 95 % confidence interval, in the unit of `value`.
         num_examples: examples that the metric was measured on.
         majority_share: share of the most frequent target, 0 to 1; missing for tasks without a small set of labels.

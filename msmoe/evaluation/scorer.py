@@ -1,33 +1,33 @@
-"""Per-example results of one task: loss, generated answers, label likelihoods.
+"""Per-example results of one task: loss, generated answers, likelihoods of labels and choices.
 
-The encoder runs once per batch; loss, generation and label scores share its output. Target tokens are scored in slices:
+An encoder runs once per batch; loss, generation and other answers share its output. Target tokens are scored in slices:
 the logits of a whole batch are never there at once.
 
-Shapes: B batch, S' target length, N valid target tokens, V vocabulary, D d_model.
+Shapes: B batch, N examples, C choices.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from msmoe.calibration.batches import IGNORE, collate
-from msmoe.calibration.tokenization import TokenRecords, encode
+from msmoe.calibration.batches import IGNORE
+from msmoe.calibration.spans import TokenRecord
+from msmoe.calibration.targets import divergences, log_probabilities
+from msmoe.calibration.tokenization import TokenRecords
 from msmoe.calibration.tokenizer import SpecialTokens
 from msmoe.errors import UserError
 from msmoe.evaluation import metrics as metric
-from msmoe.evaluation.answers import MORE_TOKENS, canonical, decode, generating, greedy
+from msmoe.evaluation.answers import MORE_TOKENS, canonical, decode, greedy
+from msmoe.evaluation.batch import Batch, batch_of
+from msmoe.evaluation.flops import flop_counter
 from msmoe.evaluation.metrics import Estimate
 
-METRICS = ("exact_match", "accuracy", "macro_f1", "loss")
+METRICS = ("exact_match", "accuracy", "macro_f1", "loss", "perplexity", "kl", "accuracy_norm")
 FLOP_RECORDS = 8
-SLICE = 2**24  # logits that are there at once, at most: 64 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -39,25 +39,41 @@ class Task:
         targets: their target texts, as they stand in the file; "" without texts.
         every_target: those of the whole file, which says what the labels are.
         places: where the records stand.
+        answer_ids: (index of a record, text) -> token ids of the text as an answer to the record.
+        choices: per record the texts to choose from, and right the positions of the right ones; empty for records
+            without.
     """
 
     tokens: TokenRecords
     targets: list[str]
     every_target: list[str]
     places: list[str]
+    answer_ids: Callable[[int, str], list[int]]
+    choices: list[list[str]] = field(default_factory=list)
+    right: list[int] = field(default_factory=list)
 
 
 class Scorer:
     """Scores of one task, filled batch by batch."""
 
-    def __init__(self, model: Any, tokenizer: Any, task: Task, metrics: tuple[str, ...], special: SpecialTokens):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        task: Task,
+        metrics: tuple[str, ...],
+        special: SpecialTokens,
+        reference: Any = None,
+    ):
         self.model, self.tokenizer, self.task, self.metrics = model, tokenizer, task, metrics
-        self.special = special
+        self.special, self.reference = special, reference
         self.settings = greedy(special, max_new_tokens=task.tokens.longest_target + MORE_TOKENS)
         self.losses = np.zeros(len(task.tokens))
+        self.divergences = np.zeros(len(task.tokens))
         self.num_tokens = np.array([sum(label != IGNORE for label in r.labels) for r in task.tokens])
         self.answers = [""] * len(task.tokens)
         self.likeliest = [""] * len(task.tokens)
+        self.chosen = np.zeros((len(task.tokens), 2), dtype=int)  # by likelihood, and by likelihood per token
         self._canonical: dict[str, str] = {}
 
     @property
@@ -77,8 +93,14 @@ class Scorer:
         return sorted(set(self._canonicals(self.task.every_target)))
 
     @cached_property
-    def label_ids(self) -> list[list[int]]:
-        return [encode(self.tokenizer, label, f"label {label!r}") for label in self.labels]
+    def label_texts(self) -> list[str]:
+        """The labels as they are scored: for a decoder with the white space that they have where they stand first."""
+        if not self.special.is_causal:
+            return self.labels
+        first: dict[str, str] = {}
+        for text, label in zip(self.task.every_target, self._canonicals(self.task.every_target), strict=True):
+            first.setdefault(label, text)
+        return [first[label] for label in self.labels]
 
     @property
     def majority_share(self) -> float | None:
@@ -98,29 +120,41 @@ class Scorer:
         Raises:
             UserError: if the loss of one is not finite.
         """
-        batch = self._batch(chosen)
-        mask = batch["attention_mask"]
-        encoded = self.model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask)
-        self.losses[chosen] = target_losses(self.model, encoded, mask, batch["labels"])
+        records = [self.task.tokens[i] for i in chosen]
+        batch = self._batch(self.model, records)
+        targets = batch.targets()
+        self.losses[chosen] = -targets.by_record(log_probabilities(targets))
         if not np.isfinite(self.losses[chosen]).all():
             raise self._not_finite(chosen)
-        if "accuracy" in self.metrics:
-            labels = [torch.tensor([ids] * len(chosen), device=mask.device) for ids in self.label_ids]
-            scores = [target_losses(self.model, encoded, mask, ids) for ids in labels]
+        if "kl" in self.metrics:
+            reference = self._batch(self.reference, records).targets()
+            self.divergences[chosen] = targets.by_record(divergences(targets, reference))
+        if self.task.choices:
+            self._choose(batch, chosen)
+        elif "accuracy" in self.metrics:
+            scores = [
+                batch.losses([self.task.answer_ids(i, text) for i in chosen]) for text in self.label_texts
+            ]  # fmt: skip
             for i, best in zip(chosen, np.argmin(scores, axis=0), strict=True):
                 self.likeliest[i] = self.labels[best]
         if self.generates:
-            with generating(self.model, self.settings):
-                written = self.model.generate(
-                    encoder_outputs=encoded, attention_mask=mask, generation_config=self.settings
-                )
-            for i, text in zip(chosen, decode(self.tokenizer, written), strict=True):
+            for i, text in zip(chosen, decode(self.tokenizer, batch.write(self.settings)), strict=True):
                 self.answers[i] = text
 
-    def _batch(self, chosen: Sequence[int]) -> dict[str, Tensor]:
-        device = next(self.model.parameters()).device
-        batch = collate([self.task.tokens[i] for i in chosen], pad_id=self.special.pad_id)
-        return {name: tensor.to(device) for name, tensor in batch.items()}
+    def _choose(self, batch: Batch, chosen: list[int]) -> None:
+        """Take the choice of highest likelihood, and of highest likelihood per token."""
+        if not {"accuracy", "accuracy_norm"} & set(self.metrics):
+            return
+        choices = [[self.task.answer_ids(i, text) for text in self.task.choices[i]] for i in chosen]
+        count = max(map(len, choices))
+        answers = [[own[c] if c < len(own) else None for own in choices] for c in range(count)]
+        losses_BC = np.stack([batch.losses(answer) for answer in answers], axis=1)
+        lengths_BC = np.array([[len(answer[row] or [0]) for answer in answers] for row in range(len(chosen))])
+        self.chosen[chosen, 0] = losses_BC.argmin(1)
+        self.chosen[chosen, 1] = (losses_BC / lengths_BC).argmin(1)
+
+    def _batch(self, model: Any, records: Sequence[TokenRecord]) -> Batch:
+        return batch_of(model, records, pad_id=self.special.pad_id)
 
     def _not_finite(self, chosen: list[int]) -> UserError:
         """What is wrong with a model that gives no finite loss."""
@@ -138,59 +172,39 @@ class Scorer:
         """Floating-point operations per source and target token, counted on single unpadded records."""
         records = self.task.tokens
         chosen = range(0, len(records), max(1, len(records) // FLOP_RECORDS))[:FLOP_RECORDS]
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             for i in chosen:
-                batch = self._batch([i])
-                mask = batch["attention_mask"]
-                encoded = self.model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask)
-                target_losses(self.model, encoded, mask, batch["labels"])
-        return counter.get_total_flops() / sum(len(records[i].input_ids) + len(records[i].labels) for i in chosen)
+                log_probabilities(self._batch(self.model, [records[i]]).targets())
+        return counter.get_total_flops() / sum(self._length(records[i]) for i in chosen)
+
+    def _length(self, record: TokenRecord) -> int:
+        """Tokens that the model reads: of a decoder-only one, the labels are among the inputs."""
+        return len(record.input_ids) + (0 if self.special.is_causal else len(record.labels))
 
     @property
     def right(self) -> np.ndarray:
         """(N,) bool, whether the generated answer is the target."""
         return np.array([answer == target for answer, target in zip(self.answers, self.targets, strict=True)])
 
+    def accuracy(self, column: int) -> Estimate:
+        """Share of examples whose likeliest label, or choice, is the right one.
+
+        Args:
+            column: of `chosen`, for choices.
+        """
+        if self.task.choices:
+            return metric.mean(self.chosen[:, column] == np.array(self.task.right))
+        return metric.mean(np.array(self.likeliest, dtype=object) == np.array(self.targets, object))
+
     def estimates(self) -> dict[str, Estimate]:
         """The metrics asked for, in the order of `METRICS`."""
         available = {
             "exact_match": lambda: metric.mean(self.right.astype(float)),
-            "accuracy": lambda: metric.mean(np.array(self.likeliest, dtype=object) == np.array(self.targets, object)),
+            "accuracy": lambda: self.accuracy(0),
             "macro_f1": lambda: metric.macro_f1(self.answers, self.targets, self.labels),
             "loss": lambda: metric.loss_per_token(self.losses, self.num_tokens),
+            "perplexity": lambda: metric.perplexity(metric.loss_per_token(self.losses, self.num_tokens)),
+            "kl": lambda: metric.loss_per_token(self.divergences, self.num_tokens),
+            "accuracy_norm": lambda: self.accuracy(1),
         }
         return {name: available[name]() for name in METRICS if name in self.metrics}
-
-
-def target_losses(model: Any, encoded: Any, mask: Tensor, labels: Tensor) -> np.ndarray:
-    """Summed cross-entropy (B,) of target tokens (B, S'), -100 for none, given the encoder's output.
-
-    The model runs up to its output embeddings, which then score the valid tokens in slices of `SLICE` logits.
-    """
-    head = model.get_output_embeddings()
-    kept: list[Tensor] = []
-
-    def keep(_: nn.Module, inputs: tuple) -> tuple:
-        kept.append(inputs[0])
-        return (inputs[0][:, :0],)
-
-    handle = head.register_forward_pre_hook(keep)
-    try:
-        model(
-            encoder_outputs=encoded,
-            attention_mask=mask,
-            decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels),
-            use_cache=False,
-        )
-    finally:
-        handle.remove()
-    valid = labels != IGNORE
-    states_ND, labels_N = kept[0][valid], labels[valid]
-    size = max(1, SLICE // head.out_features)
-    parts = [
-        nn.functional.cross_entropy(head(states).float(), ids, reduction="none")
-        for states, ids in zip(states_ND.split(size), labels_N.split(size), strict=True)
-    ]
-    rows_N = valid.nonzero()[:, 0].cpu()
-    total_B = torch.zeros(len(labels), dtype=torch.float64)
-    return total_B.index_add_(0, rows_N, torch.cat(parts).cpu().double()).numpy()

@@ -1,15 +1,17 @@
 """The student: what is trained of it, by which optimiser, and its forward pass.
 
-Shapes: B batch, S target length, V vocabulary.
+Shapes: B batch, S target length (of a decoder-only model, of the whole sequence), D d_model, V vocabulary.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from msmoe.calibration.batches import IGNORE
-from msmoe.calibration.tokenizer import load_tokenizer
+from msmoe.calibration.tokenizer import is_causal, load_tokenizer
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
 from msmoe.families import FAMILIES, Family
@@ -17,9 +19,15 @@ from msmoe.recovery.options import RecoverOptions
 
 
 def forward(model: Any, batch: dict[str, Tensor], *, hidden: bool) -> tuple[Tensor, list[Tensor]]:
-    """Logits (B, S, V), and the hidden states of the valid tokens of every block where asked for."""
-    labels = batch["labels"]
+    """Logits (B, S, V), and the hidden states of the valid tokens of every block where asked for.
+
+    The logits at a position are those that predict the label there. The labels of a decoder-only model are its inputs,
+    so its logits are those of one position before; the first, where no label counts, says nothing.
+    """
     unwrapped = getattr(model, "module", model)
+    if not unwrapped.config.is_encoder_decoder:
+        return forward_of_decoder(model, unwrapped, batch, hidden=hidden)
+    labels = batch["labels"]
     output = model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
@@ -32,6 +40,43 @@ def forward(model: Any, batch: dict[str, Tensor], *, hidden: bool) -> tuple[Tens
     sides = ((output.encoder_hidden_states, batch["attention_mask"].bool()),
              (output.decoder_hidden_states, labels != IGNORE))  # fmt: skip
     return output.logits, [states[valid] for blocks, valid in sides for states in blocks[1:]]
+
+
+def forward_of_decoder(
+    model: Any, unwrapped: Any, batch: dict[str, Tensor], *, hidden: bool
+) -> tuple[Tensor, list[Tensor]]:
+    with one_later(unwrapped.get_output_embeddings()):
+        output = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            use_cache=False,
+            output_hidden_states=hidden,
+        )
+    if not hidden:
+        return output.logits, []
+    valid = batch["attention_mask"].bool()
+    return output.logits, [states[valid] for states in output.hidden_states[1:]]
+
+
+@contextlib.contextmanager
+def one_later(head: nn.Module) -> Iterator[None]:
+    """Let output embeddings read states (B, S, D) one position later than they are: no copy of the logits is made."""
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].roll(1, dims=1),))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def tokens_per_block(config: Any, num_inputs: int, num_targets: int) -> list[int]:
+    """Valid tokens in each of the hidden states that `forward` gives.
+
+    Args:
+        num_inputs: tokens that the encoder, or the decoder-only model, reads; num_targets: target tokens.
+    """
+    if not config.is_encoder_decoder:
+        return [num_inputs] * config.num_hidden_layers
+    return [num_inputs] * config.num_layers + [num_targets] * config.num_decoder_layers
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
@@ -99,7 +144,9 @@ def check_same_vocabulary(student: Checkpoint, teacher: Checkpoint) -> None:
 
 def check_same_blocks(student: Checkpoint, teacher: Checkpoint) -> None:
     """Raise `UserError` if the hidden states of two checkpoints cannot be compared block by block."""
-    for name in ("d_model", "num_layers", "num_decoder_layers"):
+    decoders = is_causal(student.config) and is_causal(teacher.config)
+    names = ("hidden_size", "num_hidden_layers") if decoders else ("d_model", "num_layers", "num_decoder_layers")
+    for name in names:
         ours, theirs = (c.config.get(name) for c in (student, teacher))
         if ours != theirs:
             raise UserError(f"--hidden-weight compares block by block: {student.path} has {name} {ours}, "

@@ -47,6 +47,7 @@ from msmoe.recovery.student import (
     family_of_student,
     forward,
     schedule,
+    tokens_per_block,
     trainable_parameters,
 )
 from msmoe.recovery.teacher import CachedTeacher, LiveTeacher, fill_cache
@@ -291,8 +292,7 @@ class Trainer:
             if options.kd_weight:
                 kd = distillation(logits, labels, said, options.temperature)
             if options.hidden_weight:
-                config = self.model.config
-                per_block = [counts[0]] * config.num_layers + [counts[1]] * config.num_decoder_layers
+                per_block = tokens_per_block(self.model.config, *counts)
                 distance = hidden_distance(hidden, said.hidden, per_block) * counts[1]
         total = options.ce_weight * ce + options.kd_weight * kd + options.hidden_weight * distance
         return torch.stack([total, ce, kd])

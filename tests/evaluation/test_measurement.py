@@ -14,18 +14,18 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import msmoe
+from msmoe.calibration import targets
 from msmoe.calibration.batches import collate
 from msmoe.calibration.records import DataWarning
 from msmoe.calibration.spans import TokenRecord
 from msmoe.checkpoint import Checkpoint
 from msmoe.demo import CHECKPOINT, TASKS
 from msmoe.errors import UserError
-from msmoe.evaluation import scorer
 from msmoe.evaluation.answers import canonical, decode
+from msmoe.evaluation.batch import batch_of
 from msmoe.evaluation.metrics import macro_f1
 from msmoe.evaluation.results import save_results
 from msmoe.evaluation.run import evaluate
-from msmoe.evaluation.scorer import target_losses
 
 NUM_EXAMPLES = 12
 STORED = {
@@ -215,30 +215,31 @@ def scored(switch):
     """A tiny model and a batch of targets with holes."""
     model = msmoe.load(switch)
     records = [TokenRecord([5, 9, 1], [7, 8, -100, 9, 1]), TokenRecord([6, 1], [3]), TokenRecord([4, 5], [-100, 2, 1])]
-    return model, collate(records, pad_id=0)
+    return model, records
 
 
 @torch.inference_mode()
-def losses(model, batch) -> np.ndarray:
-    encoded = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    return target_losses(model, encoded, batch["attention_mask"], batch["labels"])
+def losses(model, records) -> np.ndarray:
+    found = batch_of(model, records, pad_id=0).targets()
+    return -found.by_record(targets.log_probabilities(found))
 
 
 def test_losses_by_slices_are_those_of_the_full_logits(scored):
-    model, batch = scored
+    model, records = scored
+    batch = collate(records, pad_id=0)
     with torch.inference_mode():
         logits = model(**batch).logits.double()
     expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none").sum(1)
-    np.testing.assert_allclose(losses(model, batch), expected, rtol=1e-6)
+    np.testing.assert_allclose(losses(model, records), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_never_more_logits_than_a_slice_are_there_at_once(tokens, scored, monkeypatch):
-    model, batch = scored
-    whole, seen = losses(model, batch), []
-    monkeypatch.setattr(scorer, "SLICE", tokens * model.config.vocab_size)
+    model, records = scored
+    whole, seen = losses(model, records), []
+    monkeypatch.setattr(targets, "SLICE", tokens * model.config.vocab_size)
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.numel()))
-    np.testing.assert_allclose(losses(model, batch), whole, rtol=1e-6)
+    np.testing.assert_allclose(losses(model, records), whole, rtol=1e-6)
     assert max(seen) == tokens * model.config.vocab_size
     assert sum(seen) == 7 * model.config.vocab_size  # 4 + 1 + 2 targets that count
 
