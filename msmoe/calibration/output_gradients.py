@@ -59,7 +59,8 @@ def output_gradients(
                 for row, key in enumerate(keys):
                     at = (sample.record == key).nonzero().flatten()
                     if len(at) and name in leaves:
-                        result[name][at] = leaves[name].grad[row, sample.position[at].to(device)].float().cpu()
+                        gradient_BSD = leaves[name].grad.view(len(keys), -1, sample.inputs.shape[1])
+                        result[name][at] = gradient_BSD[row, sample.position[at].to(device)].float().cpu()
     finally:
         for parameter, value in required:
             parameter.requires_grad_(value)
@@ -68,18 +69,21 @@ def output_gradients(
 
 @contextlib.contextmanager
 def zero_leaves(family: Family, model: nn.Module, names: Mapping[str, LayerStats]) -> Iterator[dict[str, Any]]:
-    """Add zeros to the output of every layer; their gradients are those of the outputs."""
+    """Add zeros to the output of every layer, or of its experts; their gradients are those of the outputs."""
     leaves: dict[str, Any] = {}
+    outputs = family.expert_outputs(model)
 
     def hook(name: str):
-        def add(module: nn.Module, inputs: tuple, outputs: Any) -> Any:
-            given = family.layer_output(outputs)
-            leaves[name] = torch.zeros_like(given, requires_grad=True)
-            return family.with_layer_output(outputs, given + leaves[name])
+        def add(module: nn.Module, inputs: tuple, given: Any) -> Any:
+            output = family.layer_output(given) if name in outputs.layers else given
+            leaves[name] = torch.zeros_like(output, requires_grad=True)
+            total = output + leaves[name]
+            return family.with_layer_output(given, total) if name in outputs.layers else total
 
         return add
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    modules = {name: module for name, module in (outputs.layers | outputs.calls).items() if name in names}
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     try:
         yield leaves
     finally:
@@ -96,12 +100,7 @@ def log_likelihood(model: Any, batch: dict[str, Tensor], keys: Sequence[int], *,
         keys: (B,) identities of the records.
     """
     labels = batch["labels"]
-    logits_BNV = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels),
-        use_cache=False,
-    ).logits.float()
+    logits_BNV = logits_of(model, batch)
     positions = np.arange(labels.shape[1])
     drawn = [token_keys(np.full(len(positions), key), positions, seed=seed + 1) / 2.0**63 for key in keys]
     uniform_BN1 = torch.from_numpy(np.stack(drawn)).to(labels.device)[..., None]
@@ -110,4 +109,17 @@ def log_likelihood(model: Any, batch: dict[str, Tensor], keys: Sequence[int], *,
         cumulative = log_probabilities.double().exp().cumsum(-1)
         chosen = torch.searchsorted(cumulative, uniform_BN1 * cumulative[..., -1:])
         chosen = chosen.clamp(max=cumulative.shape[-1] - 1)
-    return log_probabilities.gather(-1, chosen).squeeze(-1)[labels != IGNORE].sum()
+    is_target = labels != IGNORE
+    if not model.config.is_encoder_decoder:
+        is_target[:, 0] = False  # no position before it predicts it
+    return log_probabilities.gather(-1, chosen).squeeze(-1)[is_target].sum()
+
+
+def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Logits (B, N, V) float32 that predict the label at each position; of a decoder-only model, 0 at the first."""
+    given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    if model.config.is_encoder_decoder:
+        decoder_ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        return model(**given, decoder_input_ids=decoder_ids).logits.float()
+    logits_BSV = model(**given).logits.float()
+    return torch.cat([torch.zeros_like(logits_BSV[:, :1]), logits_BSV[:, :-1]], dim=1)

@@ -1,21 +1,27 @@
-"""Hooks on the routers and MoE layers: sums over tokens of everything that later steps need.
+"""Listen to the MoE layers of a running model: sums over tokens of everything that later steps need.
 
-No expert runs a second time: what an expert gave is the layer's output over the gate value.
+No expert runs a second time. Where a layer gives nothing but one expert's output times its weight, that output is the
+layer's over the weight. Elsewhere the experts are called with one choice at a time, sorted by expert, in place of all
+choices of a token: the recorder sums up what they give by expert, and then by token, as the experts would have.
 
-Shapes: B batch, S sequence, T valid tokens, E experts, D d_model, K domains.
+Shapes: B batch, S sequence, T tokens, K chosen experts of a token, C = T K choices, E experts, D d_model.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from msmoe.calibration.stats import LayerStats, sort_rows
+from msmoe.calibration.layer_stats import LayerStats
+from msmoe.calibration.statistics import sort_rows
+from msmoe.calibration.stored import ROUNDING
+from msmoe.calibration.sums import choice_output_sums, count, layer_output_sums, routing_sums
 from msmoe.families import Family
-from msmoe.families.protocol import Routing
+from msmoe.layer.routing import Routed
 from msmoe.layer.tokens import TokenSample, sample_mask, token_keys
 
 
@@ -28,75 +34,67 @@ class LayerRecorder:
         self.domains = domains
         self.sums: dict[str, Tensor] = {}
         self.num_experts = 0
+        self.top_k = 1
+        self.is_bounded = True
         self._parts: list[TokenSample] = []
         self._sequence_counts: list[Tensor] = []
         self._buffered = 0
 
-    def update(self, routing: Routing, outputs: Tensor, valid: Tensor, records: Tensor, domain: Tensor) -> None:
+    def update(
+        self, routed: Routed, output_sums: dict[str, Tensor], valid: Tensor, records: Tensor, domain: Tensor
+    ) -> None:
         """Add a batch.
 
         Args:
-            routing: what the router did, (B, S, ...).
-            outputs: (B, S, D) what the layer gave, gate included.
+            routed: what the layer did with the valid tokens, in the order of their positions.
+            output_sums: statistics of the experts' outputs; none where they are not known.
             valid: (B, S) bool; padding is False.
             records: (B,) int64 identities of the records.
             domain: (B,) int64 positions of their domains; read only where there are domains.
         """
-        where = valid.cpu().nonzero()
-        logits_TE = routing.logits[valid].cpu().double()
-        inputs_TD = routing.inputs[valid].float().cpu()
-        dispatched = routing.dispatched[valid].cpu()
-        gate = routing.gate[valid].float().cpu()
-        self.num_experts = logits_TE.shape[-1]
-        expert = logits_TE.argmax(-1)
-        chosen_TE = nn.functional.one_hot(expert, self.num_experts).double()
-        gate_T = gate.double()
-        inputs64_TD = inputs_TD.double()
-        self._add("routed", chosen_TE.sum(0))
-        self._add("dispatched", chosen_TE[dispatched].sum(0))
-        self._add("gate_mass", gate_T @ chosen_TE)
-        self._add("soft_mass", logits_TE.softmax(-1).sum(0))
-        self._add("router_logits_gram", logits_TE.T @ logits_TE)
-        self._add("input_sum", chosen_TE.T @ inputs64_TD)
-        self._add("input_abs_sum", chosen_TE.T @ inputs64_TD.abs())
-        self._add("input_square_sum", chosen_TE.T @ inputs64_TD.square())
-        self._add_outputs(outputs[valid].float().cpu()[dispatched], gate[dispatched], expert[dispatched])
+        self.num_experts, self.top_k = routed.logits.shape[-1], routed.experts.shape[1]
+        for name, value in (routing_sums(routed, self.num_experts) | output_sums).items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        routed = each(routed, Tensor.cpu)
+        if routed.weights.numel():
+            self.is_bounded &= self.top_k == 1 and float(routed.weights.max()) <= 1 + ROUNDING
+        row_T, position_T = valid.cpu().nonzero().unbind(1)
+        self._count_sequences(routed.experts, row_T, records, domain)
+        self._sample(routed, records[row_T], position_T)
 
-        counts_BE = torch.zeros(len(records), self.num_experts, dtype=torch.int32)
-        counts_BE.index_put_((where[:, 0], expert), torch.ones(len(expert), dtype=torch.int32), accumulate=True)
-        self._sequence_counts.append(counts_BE)
-        if self.domains:
-            counts_KE = torch.zeros(len(self.domains), self.num_experts, dtype=torch.int64)
-            self._add("domain_routed", counts_KE.index_add_(0, domain, counts_BE.long()))
-
-        record, position = records[where[:, 0]], where[:, 1]
-        key = torch.from_numpy(token_keys(record.numpy(), position.numpy(), seed=self.seed))
-        gradient = torch.empty(len(expert), 0)
-        batch = TokenSample(inputs_TD, expert, gate, record, position, key, gradient).select(dispatched)
-        kept = sample_mask(batch.key.numpy(), batch.expert.numpy(), self.num_experts, self.sample_size)
-        self._parts.append(batch.select(torch.from_numpy(kept)))
-        self._buffered += int(np.count_nonzero(kept))
-        if self._buffered > 2 * self.sample_size:
-            self._draw()
-
-    def _add_outputs(self, outputs: Tensor, gate: Tensor, expert: Tensor) -> None:
-        """Sums of what the experts gave to dispatched tokens, before the gate.
+    def _count_sequences(self, experts: Tensor, row: Tensor, records: Tensor, domain: Tensor) -> None:
+        """Count the choices of each sequence.
 
         Args:
-            outputs: (T, D) with the gate; gate: (T,); expert: (T,).
+            experts: (T, K); row: (T,) sequence of each token.
         """
-        gated_norm_T = outputs.norm(dim=1).double()
-        gate_T = gate.double().clamp(min=torch.finfo(torch.float32).tiny)
-        norm_T = gated_norm_T / gate_T
-        sums = torch.zeros(3, self.num_experts, dtype=torch.float64)
-        sums.index_add_(1, expert, torch.stack([norm_T, gated_norm_T, norm_T.square()]))
-        for name, value in zip(("output_norm_sum", "gated_norm_sum", "output_square_sum"), sums, strict=True):
-            self._add(name, value)
-        total_ED = torch.zeros(self.num_experts, outputs.shape[1], dtype=torch.float64)
-        self._add("output_sum", total_ED.index_add_(0, expert, outputs.double() / gate_T[:, None]))
+        cells = row[:, None] * self.num_experts + experts
+        counts_BE = count(cells, len(records) * self.num_experts).view(len(records), self.num_experts)
+        self._sequence_counts.append(counts_BE.int())
+        if self.domains:
+            counts = torch.zeros(len(self.domains), self.num_experts, dtype=torch.int64)
+            counts.index_add_(0, domain, counts_BE)
+            self.sums["domain_routed"] = self.sums.get("domain_routed", 0) + counts
 
-    def _add(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
+    def _sample(self, routed: Routed, record: Tensor, position: Tensor) -> None:
+        """Keep the tokens of a batch that the sample may need: dispatched ones.
+
+        Args:
+            record, position: (T,).
+        """
+        key = torch.from_numpy(token_keys(record.numpy(), position.numpy(), seed=self.seed))
+        inputs_TD, none_T0 = routed.inputs.float(), torch.empty(len(key), 0)
+        seen = none_T0 if routed.router_inputs is routed.inputs else routed.router_inputs.float()
+        batch = TokenSample(inputs_TD, routed.experts, routed.weights.float(), record, position, key, none_T0, seen)
+        if self.top_k == 1 and routed.dispatched is not None:
+            batch = batch.select(routed.dispatched[:, 0])
+        if len(batch) > self.sample_size:
+            kept = sample_mask(batch.key.numpy(), batch.expert.numpy(), self.num_experts, self.sample_size)
+            batch = batch.select(torch.from_numpy(kept))
+        self._parts.append(batch)
+        self._buffered += len(batch)
+        if self._buffered > 2 * self.sample_size:
+            self._draw()
 
     def _draw(self) -> TokenSample:
         sample = TokenSample.concatenate(self._parts).drawn(self.sample_size, self.num_experts)
@@ -105,8 +103,7 @@ class LayerRecorder:
 
     def stats(self) -> LayerStats:
         """The sums so far; at least one batch must have been added."""
-        counts = {name: self.sums[name].round().long() for name in ("routed", "dispatched")}
-        sums = self.sums | counts
+        sums = dict(self.sums)
         domain_routed = sums.pop("domain_routed", ())
         return LayerStats(
             **sums,
@@ -114,51 +111,115 @@ class LayerRecorder:
             sample=self._draw(),
             sample_size=self.sample_size,
             domain_routed=dict(zip(self.domains, domain_routed, strict=True)),
+            top_k=self.top_k,
+            is_bounded=self.is_bounded,
         )
 
 
 class Recorder:
-    """Recorders of all layers of a model, fed by forward hooks between `attached()` and its end.
-
-    A layer's router runs before the layer returns: what the router did waits for what the layer gives.
+    """Recorders of all layers of a model, fed between `attached()` and its end.
 
     Attributes:
+        layers: name -> recorder, of the layers that have run.
         valid: (B, S) bool of the sequence that is running; records: (B,) identities of the batch's records;
             domain: (B,) positions of their domains among `domains`. Set by whoever runs the model.
     """
 
     def __init__(self, family: Family, model: nn.Module, *, sample_size: int, seed: int, domains: Sequence[str] = ()):
-        self.family = family
-        self.routers = family.routers(model)
-        self.modules = {name: model.get_submodule(name) for name in self.routers}
-        self.routings: dict[str, Routing] = {}
-        self.layers = {
-            name: LayerRecorder(sample_size=sample_size, seed=seed, domains=domains) for name in self.routers
-        }
+        self.family, self.model = family, model
+        self.new_layer = partial(LayerRecorder, sample_size=sample_size, seed=seed, domains=domains)
+        self.layers: dict[str, LayerRecorder] = {}
+        self.outputs = family.expert_outputs(model)
+        self.heard: dict[str, Routed] = {}
         self.valid = torch.empty(0)
         self.records = torch.empty(0, dtype=torch.int64)
         self.domain = torch.empty(0, dtype=torch.int64)
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """Hooks on every router and MoE layer; removed on the way out, whatever happens."""
-        handles = [router.register_forward_hook(self._router_hook(name)) for name, router in self.routers.items()]
-        handles += [module.register_forward_hook(self._layer_hook(name)) for name, module in self.modules.items()]
-        try:
+        """Listen to every MoE layer; hooks are removed on the way out, whatever happens."""
+        with self.family.listen(self.model, self._hear) as stack:
+            for name, module in self.outputs.layers.items():
+                stack.callback(module.register_forward_hook(self._layer_hook(name)).remove)
+            for name, module in self.outputs.calls.items():
+                call = partial(self._call, name, module.forward, inspect.signature(module.forward))
+                stack.enter_context(replaced_forward(module, call))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _router_hook(self, name: str):
-        def hook(module: nn.Module, inputs: tuple, outputs: tuple) -> None:
-            self.routings[name] = self.family.routing(inputs, outputs)
+    def _hear(self, name: str, routed: Routed) -> None:
+        """What a router did waits for what the layer, or its experts, give."""
+        if name in self.outputs.layers or name in self.outputs.calls:
+            self.heard[name] = routed
+        else:
+            self._add(name, select(routed, self.valid.flatten()), {})
 
-        return hook
+    def _add(self, name: str, routed: Routed, output_sums: dict[str, Tensor]) -> None:
+        layer = self.layers.setdefault(name, self.new_layer())
+        layer.update(routed, output_sums, self.valid, self.records, self.domain)
 
     def _layer_hook(self, name: str):
         def hook(module: nn.Module, inputs: tuple, outputs: Any) -> None:
-            given = self.family.layer_output(outputs)
-            self.layers[name].update(self.routings.pop(name), given, self.valid, self.records, self.domain)
+            valid = self.valid.flatten()
+            routed = each(select(self.heard.pop(name), valid), Tensor.cpu)
+            given_TD = self.family.layer_output(outputs).flatten(0, 1)[valid].cpu()
+            self._add(name, routed, layer_output_sums(routed, given_TD, routed.logits.shape[-1]))
 
         return hook
+
+    def _call(self, name: str, forward: Callable[..., Tensor], read: inspect.Signature, *args: Any, **kwargs: Any):
+        """Take the place of the forward of an experts module.
+
+        Args:
+            read: signature of `forward`.
+        """
+        hidden, experts_TK, weights_TK = read.bind(*args, **kwargs).args
+        routed, valid = self.heard.pop(name), self.valid.flatten().to(hidden.device)
+        num_experts, top_k = routed.logits.shape[-1], routed.experts.shape[1]
+        counted_TK = valid[:, None].expand_as(routed.experts)
+        if routed.dispatched is not None:
+            counted_TK = counted_TK & routed.dispatched
+        order_C = torch.where(counted_TK, routed.experts, num_experts).flatten().argsort(stable=True)
+        gates_C = weights_TK.flatten().index_select(0, order_C)
+        tokens_CD = hidden.reshape(-1, hidden.shape[-1]).index_select(0, order_C // top_k)
+        given_CD = forward(tokens_CD, experts_TK.reshape(-1, 1)[order_C], gates_C[:, None])
+        counts_E = count(routed.experts[counted_TK], num_experts)
+        self._add(name, select(routed, valid), choice_output_sums(given_CD, gates_C, counts_E))
+        place_C = torch.empty_like(order_C)
+        place_C[order_C] = torch.arange(len(order_C), device=order_C.device)
+        return sum_of_choices(given_CD, place_C.view(-1, top_k)).view_as(hidden)
+
+
+def sum_of_choices(given: Tensor, places: Tensor) -> Tensor:
+    """(T, D) sums of the rows of `given` (C, D) at `places` (T, K)."""
+    if given.dtype == torch.float32:
+        return nn.functional.embedding_bag(places, given, mode="sum")
+    return given[places].sum(1)
+
+
+def select(routed: Routed, valid: Tensor) -> Routed:
+    """The valid tokens (T,) of a batch."""
+    if bool(valid.all()):
+        return routed
+    valid = valid.to(routed.inputs.device)
+    return each(routed, lambda tensor: tensor[valid])
+
+
+def each(routed: Routed, change: Callable[[Tensor], Tensor]) -> Routed:
+    """Every tensor changed; router inputs that are the inputs stay the same tensor."""
+    inputs = change(routed.inputs)
+    seen = inputs if routed.router_inputs is routed.inputs else change(routed.router_inputs)
+    dispatched = None if routed.dispatched is None else change(routed.dispatched)
+    return Routed(inputs, change(routed.experts), change(routed.weights), change(routed.logits), seen, dispatched)
+
+
+@contextlib.contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Another forward of a module for as long as the context lasts."""
+    earlier = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if earlier is not None:
+            module.forward = earlier

@@ -1,6 +1,6 @@
 """The files of statistics, read with numpy alone and checked: shapes, types, ranges, and that the two files agree.
 
-Shapes: E experts, D d_model, N sequences, S sampled tokens.
+Shapes: E experts, D d_model, N sequences, S sampled tokens, K chosen experts of a token.
 """
 
 from collections.abc import Mapping
@@ -12,28 +12,32 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from msmoe import strict_json
+from msmoe.calibration.statistics import IN_JSON, IN_TENSORS
 from msmoe.errors import UserError
 from msmoe.strict_json import finite, items, members, shown, text, whole
 
 FORMAT = "msmoe-stats/1"
-COUNTS = ("routed", "dispatched", "gate_mass")  # in stats.json
 DOMAINS = "domain_routed"  # (domains, E), in the order of their names in stats.json
 GRADIENT = "output_gradient"  # of the sample; statistics without it are older or had no use for it
-SHAPES = {  # of the tensors in stats.safetensors
-    "soft_mass": "E", "router_logits_gram": "EE", "input_sum": "ED", "input_abs_sum": "ED", "input_square_sum": "ED",
-    "sequence_counts": "NE",
-}  # fmt: skip
-OPTIONAL_SHAPES = {
-    "output_norm_sum": "E", "gated_norm_sum": "E", "output_square_sum": "E", "output_sum": "ED", "gradient_gram": "EE",
-    "weight_gradient_gram": "EE",
-}  # fmt: skip
-SAMPLE_SHAPES = {"inputs": "SD", "expert": "S", "gate": "S", "record": "S", "position": "S", "key": "S"}
-NOT_NEGATIVE = (
-    "gate_mass", "soft_mass", "input_abs_sum", "input_square_sum", "sequence_counts", "output_norm_sum",
-    "gated_norm_sum", "output_square_sum",
-)  # fmt: skip
-INTEGERS = ("sequence_counts", DOMAINS, "expert", "record", "position", "key")
+ROUTER_INPUTS = "router_inputs"  # of the sample, where the router saw other inputs than the experts
+SAMPLE_SHAPES = {"inputs": "SD", "expert": "SK", "gate": "SK", "record": "S", "position": "S", "key": "S"}
+SAMPLE_INTEGERS = ("expert", "record", "position", "key")
 ROUNDING = 1e-3  # of the gate values, float32 sums of softmax probabilities
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What stats.json says of a layer, checked.
+
+    Attributes:
+        arrays: name -> (E,) of the tokens of its experts.
+        top_k: experts that a token chooses; is_bounded: whether no weight exceeds 1.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    sample_size: int
+    top_k: int
+    is_bounded: bool
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class StoredLayer:
 
     Attributes:
         arrays: name -> array; those that the statistics lack are not named.
+        top_k: experts that a token chooses; is_bounded: whether no weight exceeds 1.
         domains: names of the rows of `domain_routed`.
     """
 
@@ -49,20 +54,23 @@ class StoredLayer:
     name: str
     sample_size: int
     arrays: Mapping[str, np.ndarray]
+    top_k: int
+    is_bounded: bool
     domains: tuple[str, ...] = field(default=())
 
     def sample(self) -> dict[str, np.ndarray]:
-        """The token sample: inputs (S, D), expert, gate, record, position and key (S,), output_gradient (S, D or 0).
+        """The token sample as it is stored: inputs (S, D), expert and gate (S, K), or (S,) where K is 1, record,
+        position and key (S,), output_gradient (S, D or 0), and router_inputs where the router saw others.
 
         Raises:
             UserError: naming what is wrong with it.
         """
+        prefix = f"{self.name}/sample/"
         with refused(self.file), safe_open(self.file, "np") as tensors:
-            read = lambda key: tensors.get_tensor(f"{self.name}/sample/{key}")
-            found = {key: read(key) for key in SAMPLE_SHAPES}
-            none = np.empty((len(found["key"]), 0), np.float32)
-            has_gradient = f"{self.name}/sample/{GRADIENT}" in tensors.keys()  # noqa: SIM118 - no mapping
-            found[GRADIENT] = read(GRADIENT) if has_gradient else none
+            present = {name.removeprefix(prefix) for name in tensors.keys() if name.startswith(prefix)}  # noqa: SIM118
+            optional = [key for key in (GRADIENT, ROUTER_INPUTS) if key in present]
+            found = {key: tensors.get_tensor(prefix + key) for key in (*SAMPLE_SHAPES, *optional)}
+        found.setdefault(GRADIENT, np.empty((len(found["key"]), 0), np.float32))
         self._check_sample(found)
         return found
 
@@ -75,22 +83,28 @@ class StoredLayer:
 
     def _check_sample(self, found: dict[str, np.ndarray]) -> None:
         where = f"{self.file}: {self.name}/sample"
-        routed, num_sampled = self.arrays["dispatched"], len(found["key"])
-        sizes = {"S": num_sampled, "D": self.arrays["input_sum"].shape[1], "E": len(routed)}
-        for key, axes in SAMPLE_SHAPES.items():
-            check_array(found[key], axes, sizes, f"{where}/{key}", is_integer=key in INTEGERS)
+        dispatched, num_sampled = self.arrays["dispatched"], len(found["key"])
+        num_experts = len(dispatched)
+        sizes = {"S": num_sampled, "K": self.top_k, "D": self.arrays["input_sum"].shape[1]}
+        shapes = {key: axes if self.top_k > 1 else axes.replace("K", "") for key, axes in SAMPLE_SHAPES.items()}
+        if ROUTER_INPUTS in found:
+            shapes[ROUTER_INPUTS] = "SR"
+        for key, axes in shapes.items():
+            check_array(found[key], axes, sizes, f"{where}/{key}", is_integer=key in SAMPLE_INTEGERS)
         width = found[GRADIENT].shape[1] if found[GRADIENT].ndim == 2 else -1
         if len(found[GRADIENT]) != num_sampled or width not in (0, sizes["D"]):
             raise UserError(f"{where}/{GRADIENT} has shape {found[GRADIENT].shape}, which fits no sample")
         if np.isinf(found[GRADIENT]).any():  # NaN stands for a token without gradient
             raise UserError(f"{where}/{GRADIENT} holds infinite values")
-        if num_sampled and not 0 <= found["expert"].min() <= found["expert"].max() < len(routed):
-            raise UserError(f"{where}/expert names experts that do not exist: they are 0 to {len(routed) - 1}")
-        if num_sampled and not 0 <= found["gate"].min() <= found["gate"].max() <= 1 + ROUNDING:
+        if num_sampled and not 0 <= found["expert"].min() <= found["expert"].max() < num_experts:
+            raise UserError(f"{where}/expert names experts that do not exist: they are 0 to {num_experts - 1}")
+        if num_sampled and self.is_bounded and not 0 <= found["gate"].min() <= found["gate"].max() <= 1 + ROUNDING:
             raise UserError(f"{where}/gate holds values that are no probabilities")
         if num_sampled and min(found["key"].min(), found["position"].min()) < 0:
             raise UserError(f"{where} holds negative keys or positions")
-        if (np.bincount(found["expert"], minlength=len(routed)) > routed).any():
+        if self.top_k > 1 and (np.diff(np.sort(found["expert"], axis=1), axis=1) == 0).any():
+            raise UserError(f"{where}/expert names an expert twice for one token")
+        if (np.bincount(found["expert"].ravel(), minlength=num_experts) > dispatched).any():
             raise UserError(f"{where} holds more tokens of an expert than were dispatched to it")
 
 
@@ -150,33 +164,51 @@ def check_data(data: dict[str, Any], where: str) -> None:
             whole(strict_json.field(members(entry, at), key, at), f"{at}.{key}")
 
 
-def parse_counts(entry: Any, where: str) -> dict[str, Any]:
-    """What stats.json says of a layer: its size of the sample, and arrays (E,) of the tokens of its experts."""
+def parse_counts(entry: Any, where: str) -> Counts:
+    """What stats.json says of a layer.
+
+    A layer without `top_k` has one expert per token, whose weight is a probability.
+    """
     content = members(entry, where)
-    routed, dispatched, gate_mass = (strict_json.field(content, name, where) for name in COUNTS)
-    found = {
-        "routed": np.array(items(routed, f"{where}.routed", whole), dtype=np.int64),
-        "dispatched": np.array(items(dispatched, f"{where}.dispatched", whole), dtype=np.int64),
-        "gate_mass": np.array(items(gate_mass, f"{where}.gate_mass", finite, least=0), dtype=np.float64),
-        "sample_size": whole(strict_json.field(content, "sample_size", where), f"{where}.sample_size", least=1),
-    }
-    num_experts = whole(content.get("num_experts", len(routed)), f"{where}.num_experts", least=1)
-    for name in COUNTS:
-        if len(found[name]) != num_experts:
-            raise UserError(f"{where}.{name} must have {num_experts} numbers, one an expert, got {len(found[name])}")
-    if (found["dispatched"] > found["routed"]).any():
-        raise UserError(f"{where}.dispatched is more than routed for expert "
-                        f"{int((found['dispatched'] > found['routed']).argmax())}")  # fmt: skip
-    if (found["gate_mass"] > found["routed"] * (1 + ROUNDING)).any():
+    values = {row.name: strict_json.field(content, row.name, where) for row in IN_JSON}
+    found = {}
+    for row in IN_JSON:
+        read, bound = (whole, {}) if row.is_integer else (finite, {} if row.is_signed else {"least": 0})
+        found[row.name] = np.array(items(values[row.name], f"{where}.{row.name}", read, **bound), dtype=row.dtype)
+    sample_size = whole(strict_json.field(content, "sample_size", where), f"{where}.sample_size", least=1)
+    num_experts = whole(content.get("num_experts", len(found["routed"])), f"{where}.num_experts", least=1)
+    for name, array in found.items():
+        if len(array) != num_experts:
+            raise UserError(f"{where}.{name} must have {num_experts} numbers, one an expert, got {len(array)}")
+    counts = Counts(found, sample_size, read_top_k(content, num_experts, where), "top_k" not in content)
+    check_counts(counts, content, where)
+    return counts
+
+
+def read_top_k(content: dict[str, Any], num_experts: int, where: str) -> int:
+    top_k = whole(content.get("top_k", 1), f"{where}.top_k", least=1)
+    if top_k > num_experts:
+        raise UserError(f"{where}.top_k must be at most {num_experts}, the number of experts, got {top_k}")
+    return top_k
+
+
+def check_counts(counts: Counts, content: dict[str, Any], where: str) -> None:
+    """Raise `UserError` for numbers that do not go together."""
+    routed, dispatched = counts.arrays["routed"], counts.arrays["dispatched"]
+    if (dispatched > routed).any():
+        raise UserError(f"{where}.dispatched is more than routed for expert {int((dispatched > routed).argmax())}")
+    if counts.is_bounded and (counts.arrays["gate_mass"] > routed * (1 + ROUNDING)).any():
         raise UserError(f"{where}.gate_mass is more than routed: gate values are at most 1")
-    total = int(found["routed"].sum())
+    total, rest = divmod(int(routed.sum()), counts.top_k)
+    if rest:
+        raise UserError(f"{where}.routed sums to {int(routed.sum())}, which is no multiple of top_k, {counts.top_k}")
     if whole(content.get("num_tokens", total), f"{where}.num_tokens") != total:
-        raise UserError(f"{where}.num_tokens is {content['num_tokens']}, the sum of routed is {total}")
-    return found
+        over = f" over top_k, {counts.top_k}," if counts.top_k > 1 else ""
+        raise UserError(f"{where}.num_tokens is {content['num_tokens']}, the sum of routed{over} is {total}")
 
 
 def read_layer(
-    tensors: Any, names: set[str], file: Path, name: str, counts: dict[str, Any], domains: tuple[str, ...]
+    tensors: Any, names: set[str], file: Path, name: str, counts: Counts, domains: tuple[str, ...]
 ) -> StoredLayer:
     """Read and check the arrays of one layer.
 
@@ -184,16 +216,17 @@ def read_layer(
         tensors: the open file; names: of its tensors.
         counts: what stats.json says.
     """
-    arrays = {key: counts[key] for key in COUNTS}
+    arrays = dict(counts.arrays)
     sizes = {"E": len(arrays["routed"])}
-    present = {key: axes for key, axes in OPTIONAL_SHAPES.items() if f"{name}/{key}" in names}
-    for key, axes in (SHAPES | present).items():
-        where = f"{file}: {name}/{key}"
-        if f"{name}/{key}" not in names:
-            raise UserError(f"{file} lacks the tensor {name}/{key}, though stats.json names the layer")
-        arrays[key] = tensors.get_tensor(f"{name}/{key}")
-        check_array(arrays[key], axes, sizes, where, is_integer=key in INTEGERS)
-        if key in NOT_NEGATIVE and arrays[key].size and arrays[key].min() < 0:
+    for row in IN_TENSORS:
+        where = f"{file}: {name}/{row.name}"
+        if f"{name}/{row.name}" not in names:
+            if row.is_optional:
+                continue
+            raise UserError(f"{file} lacks the tensor {name}/{row.name}, though stats.json names the layer")
+        array = arrays[row.name] = tensors.get_tensor(f"{name}/{row.name}")
+        check_array(array, row.axes, sizes, where, is_integer=row.is_integer)
+        if not row.is_signed and array.size and array.min() < 0:
             raise UserError(f"{where} holds negative values")
     if domains:
         arrays[DOMAINS] = tensors.get_tensor(f"{name}/{DOMAINS}")
@@ -203,7 +236,7 @@ def read_layer(
             raise UserError(f"{file}: {name}/{key} does not sum to routed in stats.json")
         if key in arrays and arrays[key].size and arrays[key].min() < 0:
             raise UserError(f"{file}: {name}/{key} holds negative values")
-    return StoredLayer(file, name, counts["sample_size"], arrays, domains)
+    return StoredLayer(file, name, counts.sample_size, arrays, counts.top_k, counts.is_bounded, domains)
 
 
 def check_array(array: np.ndarray, axes: str, sizes: dict[str, int], where: str, *, is_integer: bool) -> None:

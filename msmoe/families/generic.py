@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from msmoe.layer.expert import Expert
-    from msmoe.layer.routing import Routed, Router
+    from msmoe.layer.routing import ExpertOutputs, Routed, Router
 
 LEAST_PER_GROUP = 2  # a group's score is the sum of its two best
 PREDICTING = re.compile(r"(^|\.)(mtp|nextn)\w*\.")
@@ -258,13 +258,19 @@ class GenericFamily:
 
     def forward(self, model: Any, batch: dict[str, Tensor]) -> Iterator[Tensor]:
         yield batch["attention_mask"].bool()
-        body = getattr(model, model.base_model_prefix, model)
-        body(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
     def listen(self, model: nn.Module, hear: Callable[[str, Routed], None]) -> ExitStack:
         from msmoe.families.listening import listen_to
 
         return listen_to(model, blocks_in(model), hear)
+
+    def expert_outputs(self, model: nn.Module) -> ExpertOutputs:
+        """Nowhere in families that do not call experts with their choices."""
+        from msmoe.layer.routing import ExpertOutputs
+
+        heard = [block for block in blocks_in(model) if not block.special.hears_router]
+        return ExpertOutputs(calls={block.name: model.get_submodule(block.experts) for block in heard})
 
     def layer_output(self, outputs: Any) -> Tensor:
         return outputs[0] if isinstance(outputs, tuple) else outputs

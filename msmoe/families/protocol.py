@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from msmoe.families.axes import SlicedTensor
     from msmoe.layer.expert import Activation, Expert
-    from msmoe.layer.routing import Routed, Router, SoftmaxTop1
+    from msmoe.layer.routing import ExpertOutputs, Routed, Router, SoftmaxTop1
 
 
 @dataclass(frozen=True)
@@ -292,6 +292,10 @@ class Family(Protocol):
 
     def listen(self, model: nn.Module, hear: Callable[[str, Routed], None]) -> ExitStack:
         """Hear the routing of every MoE layer of a model until the returned stack is closed."""
+        ...
+
+    def expert_outputs(self, model: nn.Module) -> ExpertOutputs:
+        """Where the outputs of the experts can be seen."""
         ...
 
     def layer_output(self, outputs: Any) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from msmoe.layer.expert import Expert
-    from msmoe.layer.routing import SoftmaxTop1
+    from msmoe.layer.routing import ExpertOutputs, Routed, SoftmaxTop1
 
 ROUTER_SUFFIX = "mlp.router.classifier.weight"
 ROUTER_PATTERN = re.compile(rf"((encoder|decoder)\.block\.(\d+)\.layer\.\d+\.mlp){re.escape(ROUTER_SUFFIX[3:])}")
@@ -320,6 +321,28 @@ class SwitchFamily:
                 "this version of transformers reports router probabilities in place of logits; use 5.23 or later"
             )
         return Routing(inputs[0], logits, gate.squeeze(-1), dispatch.any(-1))
+
+    def listen(self, model: nn.Module, hear: Callable[[str, Routed], None]) -> ExitStack:
+        from msmoe.layer.routing import Routed
+
+        def hook(name: str):
+            def tell(module: nn.Module, inputs: tuple, outputs: tuple) -> None:
+                routing = self.routing(inputs, outputs)
+                given, logits = routing.inputs.flatten(0, 1), routing.logits.flatten(0, 1)
+                experts, gate = logits.argmax(-1, keepdim=True), routing.gate.reshape(-1, 1)
+                hear(name, Routed(given, experts, gate, logits, given, routing.dispatched.reshape(-1, 1)))
+
+            return tell
+
+        stack = ExitStack()
+        for name, router in self.routers(model).items():
+            stack.callback(router.register_forward_hook(hook(name)).remove)
+        return stack
+
+    def expert_outputs(self, model: nn.Module) -> ExpertOutputs:
+        from msmoe.layer.routing import ExpertOutputs
+
+        return ExpertOutputs(layers={name: model.get_submodule(name) for name in self.routers(model)})
 
     def layer_output(self, outputs: Any) -> Tensor:
         return outputs

@@ -6,10 +6,10 @@ Shapes: T tokens, K chosen experts of a token, E experts, D d_model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Routing(NamedTuple):
@@ -41,6 +41,19 @@ class Routed(NamedTuple):
     logits: Tensor
     router_inputs: Tensor
     dispatched: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ExpertOutputs:
+    """Modules of a model at which the outputs of its experts can be seen, by layer.
+
+    Attributes:
+        calls: called as `experts(inputs, chosen, weights)`, (T, D), (T, K) and (T, K), giving the weighted sum (T, D).
+        layers: give the output of the one expert that a token chose times its weight, and nothing else.
+    """
+
+    calls: dict[str, nn.Module] = field(default_factory=dict)
+    layers: dict[str, nn.Module] = field(default_factory=dict)
 
 
 class Router(Protocol):

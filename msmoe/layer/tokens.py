@@ -4,7 +4,7 @@ Every token has a pseudo-random key made from the seed, the record it stands in 
 the tokens with the smallest keys of the layer, and those with the smallest keys of each expert: the same tokens
 whatever the batches and their order, and two samples merge into the sample of the union.
 
-Shapes: S sampled tokens, T tokens, E experts, D d_model.
+Shapes: S sampled tokens, T tokens, E experts, K experts of a token, n some experts, D d_model.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -15,19 +15,22 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
+ROUNDS = 100  # of fitting inclusion probabilities, where tokens have several experts
+
 
 @dataclass(frozen=True)
 class TokenSample:
     """Dispatched tokens of one layer.
 
     Attributes:
-        inputs: (S, D) float32, what router and experts saw.
-        expert: (S,) int64 routed expert.
-        gate: (S,) float32 gate value.
+        inputs: (S, D) float32, what the experts saw.
+        expert: (S, K) int64 routed experts, all different for a token.
+        gate: (S, K) float32 gate values, what the experts' outputs are multiplied by.
         record: (S,) int64 identity of the record; position: (S,) int64 position in it.
         key: (S,) int64 sampling key.
         output_gradient: (S, D) float32 gradient of the log-likelihood with respect to the layer's output, NaN for
             tokens of records that it was not asked for; (S, 0) where it was not recorded.
+        router_inputs: (S, D') float32, what the router saw; (S, 0) where that is `inputs`.
     """
 
     inputs: "Tensor"
@@ -37,6 +40,7 @@ class TokenSample:
     position: "Tensor"
     key: "Tensor"
     output_gradient: "Tensor"
+    router_inputs: "Tensor"
 
     def __len__(self) -> int:
         return len(self.expert)
@@ -53,6 +57,26 @@ class TokenSample:
         return kept.select(torch.from_numpy(np.lexsort((kept.position.numpy(), kept.record.numpy(), kept.key.numpy()))))
 
     @property
+    def top_k(self) -> int:
+        """Experts of a token."""
+        return self.expert.shape[1]
+
+    @property
+    def routed_on(self) -> "Tensor":
+        """(S, D') what the router saw."""
+        return self.router_inputs if self.router_inputs.shape[1] else self.inputs
+
+    def of(self, expert: int) -> "tuple[Tensor, Tensor]":
+        """The tokens of an expert: their positions (T,), ascending, and the expert's gate values (T,)."""
+        rows, columns = (self.expert == expert).nonzero(as_tuple=True)
+        return rows, self.gate[rows, columns]
+
+    def among(self, experts: "Tensor") -> "tuple[Tensor, Tensor]":
+        """Whether each token goes to each of some experts (n,): (S, n) bool, and gate values (S, n), 0 elsewhere."""
+        chosen = self.expert[:, :, None] == experts
+        return chosen.any(1), (self.gate[:, :, None] * chosen).sum(1)
+
+    @property
     def held_out(self) -> "Tensor":
         """(S,) bool: about half of the tokens, whole records at a time, so that both halves are independent."""
         import torch
@@ -62,13 +86,25 @@ class TokenSample:
     def weights(self, dispatched: "Tensor") -> "Tensor":
         """(S,) float64: tokens of the calibration data that each sampled token stands for.
 
+        The inverse of the chance to be sampled, which is the largest of the chances that the token's experts give to
+        all of their tokens. These are the ones under which the tokens of each expert stand for all that were dispatched
+        to it: sampled by dispatched tokens with one expert per token, and fitted by iteration with several.
+
         Args:
             dispatched: (E,) dispatched tokens of each expert.
         """
         import torch
 
-        sampled = torch.bincount(self.expert, minlength=len(dispatched))
-        return (dispatched.double() / sampled.clamp(min=1))[self.expert]
+        flat, count = self.expert.flatten(), dispatched.double()
+        sampled = torch.bincount(flat, minlength=len(dispatched)).clamp(min=1)
+        if self.top_k == 1:
+            return (count / sampled)[flat]
+        count = count.clamp(min=1)
+        chance = sampled / count
+        for _ in range(ROUNDS):
+            stands_for = (1 / chance[self.expert].amax(1)).repeat_interleave(self.top_k)
+            chance = chance * (torch.bincount(flat, stands_for, minlength=len(count)) / count).sqrt().clamp(min=1e-3)
+        return 1 / chance[self.expert].amax(1)
 
     @property
     def has_gradient(self) -> "Tensor":
@@ -81,12 +117,27 @@ class TokenSample:
 
     @staticmethod
     def concatenate(samples: "list[TokenSample]") -> "TokenSample":
-        """All tokens of some samples; without gradients unless every sample has them."""
+        """All tokens of some samples of one layer; without gradients unless every sample has them."""
         import torch
 
         if len({s.output_gradient.shape[1] for s in samples}) > 1:
             samples = [replace(s, output_gradient=s.output_gradient[:, :0]) for s in samples]
         return TokenSample(*(torch.cat([getattr(s, f.name) for s in samples]) for f in fields(TokenSample)))
+
+    def stored(self) -> "dict[str, Tensor]":
+        """The fields as they are stored: without an axis of one expert, and without router inputs where there are none."""
+        content = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.top_k == 1:
+            content |= {name: content[name][:, 0] for name in ("expert", "gate")}
+        if not self.router_inputs.shape[1]:
+            del content["router_inputs"]
+        return content
+
+    @staticmethod
+    def from_stored(content: "dict[str, Tensor]") -> "TokenSample":
+        """The sample of stored fields."""
+        shaped = {name: content[name].reshape(len(content["key"]), -1) for name in ("expert", "gate")}
+        return TokenSample(**{"router_inputs": content["inputs"][:, :0]} | content | shaped)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -107,16 +158,23 @@ def sample_mask(keys: np.ndarray, expert: np.ndarray, num_experts: int, size: in
 
     Half of the places go to the smallest keys of each expert in equal shares, so that rarely used experts are
     represented; the others, and what an expert leaves of its share, to the smallest keys among the rest. The sample
-    of a union is the sample of the parts' samples.
+    of a union is the sample of the parts' samples. For that to hold, a token in the shares of several experts takes
+    a place of each of them: the sample is then smaller than `size`.
+
+    Args:
+        keys: (T,); expert: (T, K) int64.
     """
-    if len(keys) <= size:
-        return np.ones(len(keys), dtype=bool)
+    num_tokens, top_k = expert.shape
+    if top_k == 1 and num_tokens <= size:
+        return np.ones(num_tokens, dtype=bool)
     share = size // 2 // num_experts
-    order = np.lexsort((keys, expert))
-    starts = np.searchsorted(expert[order], np.arange(num_experts))
-    rank = np.empty(len(keys), dtype=np.int64)
-    rank[order] = np.arange(len(keys)) - starts[expert[order]]
-    mask = rank < share
+    flat = expert.reshape(-1)
+    order = np.lexsort((np.repeat(keys, top_k), flat))
+    starts = np.searchsorted(flat[order], np.arange(num_experts))
+    rank = np.empty(len(flat), dtype=np.int64)
+    rank[order] = np.arange(len(flat)) - starts[flat[order]]
+    chosen = rank.reshape(num_tokens, top_k) < share
+    mask = chosen.any(1)
     others = np.flatnonzero(~mask)
-    mask[others[np.argsort(keys[others], kind="stable")[: size - np.count_nonzero(mask)]]] = True
+    mask[others[np.argsort(keys[others], kind="stable")[: size - np.count_nonzero(chosen)]]] = True
     return mask

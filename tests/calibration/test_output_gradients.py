@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import LAYERS, batch_of, build_switch, profile_small
+from tiny import LAYERS, batch_of, build_switch, profile_small, write_records
 
 from msmoe.calibration.batches import record_key
 from msmoe.calibration.output_gradients import log_likelihood
@@ -84,15 +84,17 @@ def test_gradients_survive_their_file(fisher_stats, tmp_path):
     assert stored.digest == fisher_stats.digest
 
 
-def test_a_sum_has_gradients_if_both_sides_have(fisher_stats):
-    both = (fisher_stats + fisher_stats).layers[LAYERS[0]]
+def test_a_sum_has_gradients_if_both_sides_have(switch, records, fisher_stats, tmp_path):
+    part = profile_small(switch, write_records(tmp_path / "d.jsonl", records[:9]), fisher=64)
+    both = (fisher_stats + part).layers[LAYERS[0]]
     assert both.has_output_gradients
     assert both.tokens().has_gradient.all()
 
 
-def test_a_sum_with_statistics_without_gradients_drops_them_with_a_warning(fisher_stats, stats):
+def test_a_sum_with_statistics_without_gradients_drops_them_with_a_warning(switch, records, fisher_stats, tmp_path):
+    part = profile_small(switch, write_records(tmp_path / "d.jsonl", records[:9]))
     with pytest.warns(UserWarning, match="only one side has output gradients"):
-        total = fisher_stats + stats
+        total = fisher_stats + part
     assert not total.layers[LAYERS[0]].has_output_gradients
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny import profile_small, save_switch, write_records
 
-from msmoe.calibration.stats import LayerStats, Stats, sort_rows
+from msmoe.calibration.statistics import sort_rows
+from msmoe.calibration.stats import LayerStats, Stats
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
 from msmoe.layer.tokens import TokenSample

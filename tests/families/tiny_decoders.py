@@ -250,7 +250,9 @@ def fill_(model: nn.Module, seed: int) -> None:
         if tensor.is_floating_point() and (tensor.ndim > 1 or name.endswith(("_bias", "biases", ".bias"))):
             scale = 0.2 if tensor.ndim > 1 else 0.05
             tensor.copy_(scale * torch.randn(tensor.shape, generator=generator))
-            if name.endswith("balancing_biases"):  # transformers 5.24 gives the skip class this value whatever is stored
+            if name.endswith(
+                "balancing_biases"
+            ):  # transformers 5.24 gives the skip class this value whatever is stored
                 tensor[-1] = -1
         elif name.endswith("per_expert_scale"):
             tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
