@@ -125,7 +125,7 @@ class TokenSample:
         return TokenSample(*(torch.cat([getattr(s, f.name) for s in samples]) for f in fields(TokenSample)))
 
     def stored(self) -> "dict[str, Tensor]":
-        """The fields as they are stored: without an axis of one expert, and without router inputs where there are none."""
+        """The fields as stored: without an axis of one expert, and without router inputs where there are none."""
         content = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.top_k == 1:
             content |= {name: content[name][:, 0] for name in ("expert", "gate")}

@@ -252,7 +252,7 @@ def fill_(model: nn.Module, seed: int) -> None:
             tensor.copy_(scale * torch.randn(tensor.shape, generator=generator))
             if name.endswith(
                 "balancing_biases"
-            ):  # transformers 5.24 gives the skip class this value whatever is stored
+            ):  # transformers 5.24: whatever is stored
                 tensor[-1] = -1
         elif name.endswith("per_expert_scale"):
             tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
