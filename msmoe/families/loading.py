@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from msmoe.checkpoint.reader import FLOATS, Checkpoint
 from msmoe.errors import UserError, explain_library_errors, warn
 from msmoe.families import find_family
+from msmoe.families.loading_decoders import check_decoder, decoder_skeleton, load_decoder
 from msmoe.formats.registration import register
 from msmoe.strict_json import read_object
 
@@ -42,6 +43,9 @@ def load(path: str | Path | Checkpoint, *, dtype: torch.dtype | str = "float32")
         UserError: if the checkpoint is damaged, incomplete, or of another architecture.
     """
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path)
+    if is_decoder(checkpoint):
+        with quiet_library():
+            return load_decoder(checkpoint, dtype=dtype)
     tied = check_complete(checkpoint)
     from transformers import AutoModelForSeq2SeqLM
 
@@ -56,6 +60,11 @@ def load(path: str | Path | Checkpoint, *, dtype: torch.dtype | str = "float32")
         )
     fill_tied(checkpoint, model, tied)
     return model.eval()
+
+
+def is_decoder(checkpoint: Checkpoint) -> bool:
+    family = find_family(checkpoint)
+    return family is not None and family.is_causal
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,9 @@ def check_complete(checkpoint: Checkpoint) -> list[Tied]:
         )
     if (checkpoint.path / GENERATION).exists():
         read_object(checkpoint.path / GENERATION, "a configuration of generation")
+    if is_decoder(checkpoint):
+        check_decoder(checkpoint)
+        return []
     model = skeleton(checkpoint)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     reals = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
@@ -116,6 +128,8 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
     Raises:
         UserError: for an architecture that cannot be loaded, or a configuration that no model can have.
     """
+    if is_decoder(checkpoint):
+        return decoder_skeleton(checkpoint)
     if checkpoint.model_type not in LOADABLE:
         raise UserError(
             f"{checkpoint.path} is of architecture {checkpoint.model_type!r}; loadable: {', '.join(LOADABLE)}"
