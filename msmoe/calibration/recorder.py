@@ -71,7 +71,9 @@ class LayerRecorder:
         record, position = records[where[:, 0]], where[:, 1]
         key = torch.from_numpy(token_keys(record.numpy(), position.numpy(), seed=self.seed))
         gradient = torch.empty(len(expert), 0)
-        batch = TokenSample(inputs_TD, expert, gate, record, position, key, gradient).select(dispatched)
+        batch = TokenSample(
+            inputs_TD, expert[:, None], gate[:, None], record, position, key, gradient, inputs_TD[:, :0]
+        ).select(dispatched)
         kept = sample_mask(batch.key.numpy(), batch.expert.numpy(), self.num_experts, self.sample_size)
         self._parts.append(batch.select(torch.from_numpy(kept)))
         self._buffered += int(np.count_nonzero(kept))

@@ -6,7 +6,7 @@ Shapes: E experts, D d_model, S sampled tokens.
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -30,7 +30,6 @@ SUMS = ("soft_mass", "router_logits_gram", "input_sum", "input_abs_sum", "input_
 OUTPUT_SUMS = ("output_norm_sum", "gated_norm_sum", "output_square_sum", "output_sum")
 STORED = (*SUMS, "sequence_counts")
 OPTIONAL = (*OUTPUT_SUMS, "gradient_gram", "weight_gradient_gram")
-SAMPLE_FIELDS = tuple(f.name for f in fields(TokenSample))
 
 
 @dataclass(frozen=True)
@@ -112,9 +111,8 @@ class LayerStats:
         return {name: counts.numpy() for name, counts in self.domain_routed.items()}
 
     def sample_arrays(self) -> dict[str, np.ndarray]:
-        """The token sample by the names of its attributes, read from disk if need be."""
-        sample = self.tokens()
-        return {name: getattr(sample, name).numpy() for name in SAMPLE_FIELDS}
+        """The token sample as it is stored, by the names of its attributes, read from disk if need be."""
+        return {name: tensor.numpy() for name, tensor in self.tokens().stored().items()}
 
     def has(self, name: str) -> bool:
         """Whether the statistics hold an optional sum."""
@@ -229,7 +227,7 @@ class LoadedLayer(LayerStats):
     def _read_sample(self) -> TokenSample:
         import torch
 
-        return TokenSample(**{name: torch.from_numpy(array) for name, array in self.stored.sample().items()})
+        return TokenSample.from_stored({name: torch.from_numpy(a) for name, a in self.stored.sample().items()})
 
 
 @dataclass(frozen=True)
@@ -407,8 +405,8 @@ class Stats:
             if layer.domain_routed:
                 tensors[f"{name}/{DOMAINS}"] = torch.stack(list(layer.domain_routed.values()))
             sample = layer.tokens()
-            for key in SAMPLE_FIELDS:
-                tensors[f"{name}/sample/{key}"] = getattr(sample, key).contiguous()
+            for key, value in sample.stored().items():
+                tensors[f"{name}/sample/{key}"] = value.contiguous()
             tensors[f"{name}/sample/weight"] = sample.weights(layer.dispatched)
             tensors[f"{name}/sample/held_out"] = sample.held_out
         return tensors

@@ -19,6 +19,7 @@ FORMAT = "msmoe-stats/1"
 COUNTS = ("routed", "dispatched", "gate_mass")  # in stats.json
 DOMAINS = "domain_routed"  # (domains, E), in the order of their names in stats.json
 GRADIENT = "output_gradient"  # of the sample; statistics without it are older or had no use for it
+SAMPLE_OPTIONAL = {"router_inputs": "SI", "chance": "SC"}  # where routers see something else; with several experts
 SHAPES = {  # of the tensors in stats.safetensors
     "soft_mass": "E", "router_logits_gram": "EE", "input_sum": "ED", "input_abs_sum": "ED", "input_square_sum": "ED",
     "sequence_counts": "NE",
@@ -52,7 +53,8 @@ class StoredLayer:
     domains: tuple[str, ...] = field(default=())
 
     def sample(self) -> dict[str, np.ndarray]:
-        """The token sample: inputs (S, D), expert, gate, record, position and key (S,), output_gradient (S, D or 0).
+        """The token sample: inputs (S, D), expert and gate (S,), or (S, K) where a token has several experts, record,
+        position and key (S,), output_gradient (S, D or 0), and router_inputs (S, D') and chance (S, 1) where stored.
 
         Raises:
             UserError: naming what is wrong with it.
@@ -61,8 +63,9 @@ class StoredLayer:
             read = lambda key: tensors.get_tensor(f"{self.name}/sample/{key}")
             found = {key: read(key) for key in SAMPLE_SHAPES}
             none = np.empty((len(found["key"]), 0), np.float32)
-            has_gradient = f"{self.name}/sample/{GRADIENT}" in tensors.keys()  # noqa: SIM118 - no mapping
-            found[GRADIENT] = read(GRADIENT) if has_gradient else none
+            names = set(tensors.keys())
+            found[GRADIENT] = read(GRADIENT) if f"{self.name}/sample/{GRADIENT}" in names else none
+            found |= {key: read(key) for key in SAMPLE_OPTIONAL if f"{self.name}/sample/{key}" in names}
         self._check_sample(found)
         return found
 
@@ -77,7 +80,10 @@ class StoredLayer:
         where = f"{self.file}: {self.name}/sample"
         routed, num_sampled = self.arrays["dispatched"], len(found["key"])
         sizes = {"S": num_sampled, "D": self.arrays["input_sum"].shape[1], "E": len(routed)}
-        for key, axes in SAMPLE_SHAPES.items():
+        several = found["expert"].ndim == 2
+        shapes = SAMPLE_SHAPES | ({"expert": "SK", "gate": "SK"} if several else {})
+        shapes |= {key: axes for key, axes in SAMPLE_OPTIONAL.items() if key in found}
+        for key, axes in shapes.items():
             check_array(found[key], axes, sizes, f"{where}/{key}", is_integer=key in INTEGERS)
         width = found[GRADIENT].shape[1] if found[GRADIENT].ndim == 2 else -1
         if len(found[GRADIENT]) != num_sampled or width not in (0, sizes["D"]):
@@ -86,11 +92,15 @@ class StoredLayer:
             raise UserError(f"{where}/{GRADIENT} holds infinite values")
         if num_sampled and not 0 <= found["expert"].min() <= found["expert"].max() < len(routed):
             raise UserError(f"{where}/expert names experts that do not exist: they are 0 to {len(routed) - 1}")
-        if num_sampled and not 0 <= found["gate"].min() <= found["gate"].max() <= 1 + ROUNDING:
+        if num_sampled and not several and not 0 <= found["gate"].min() <= found["gate"].max() <= 1 + ROUNDING:
             raise UserError(f"{where}/gate holds values that are no probabilities")
         if num_sampled and min(found["key"].min(), found["position"].min()) < 0:
             raise UserError(f"{where} holds negative keys or positions")
-        if (np.bincount(found["expert"], minlength=len(routed)) > routed).any():
+        if "chance" in found and not (found["chance"] > 0).all():
+            raise UserError(f"{where}/chance holds values that are not positive")
+        if several and (np.diff(np.sort(found["expert"], axis=1), axis=1) == 0).any():
+            raise UserError(f"{where}/expert names an expert twice for one token")
+        if (np.bincount(found["expert"].reshape(-1), minlength=len(routed)) > routed).any():
             raise UserError(f"{where} holds more tokens of an expert than were dispatched to it")
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from msmoe.layer.expert import Expert
+    from msmoe.layer.routing import Router
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,10 @@ class Family(Protocol):
 
     def expert_keys(self, layer: str, expert: int) -> ExpertKeys:
         """Tensor names of one expert."""
+        ...
+
+    def router(self, checkpoint: Checkpoint, layer: str) -> Router | None:
+        """The router of a layer of any checkpoint, float32; None for one that cannot be asked without the model."""
         ...
 
     def router_key(self, layer: str) -> str:
