@@ -1,9 +1,15 @@
 """Experts of other forms than Switch's: gated, with and without biases, whose routers choose several."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 import torch
 from torch.nn.functional import silu
 
+from msmoe.calibration.stats import LayerStats
 from msmoe.layer.expert import RELU, Activation, Expert
+from msmoe.layer.routing import Router, Routing
+from msmoe.layer.tokens import TokenSample
 
 SWIGLU = Activation("silu", lambda gate, up: silu(gate) * up, scales="up", is_linear=True)
 CLAMPED = Activation("clamped swiglu", lambda gate, up: (up.clamp(-7, 7) + 1) * gate * torch.sigmoid(1.702 * gate))
@@ -47,3 +53,43 @@ def assert_same_weights(left: Expert, right: Expert, **tolerance) -> None:
         torch.testing.assert_close(
             weight, right.weights[role], msg=lambda text, role=role: f"{role}: {text}", **tolerance
         )
+
+
+@dataclass(frozen=True)
+class SoftmaxTopK:
+    """A router of several experts: the largest logits, at their softmax probabilities."""
+
+    rows: torch.Tensor
+    top_k: int = 2
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.rows)
+
+    def logits(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs @ self.rows.T
+
+    def __call__(self, inputs: torch.Tensor) -> Routing:
+        weights, experts = self.logits(inputs).softmax(-1).topk(min(self.top_k, len(self.rows)))
+        return Routing(experts, weights)
+
+    def keeping(self, rows: Sequence[int]) -> "SoftmaxTopK":
+        return replace(self, rows=self.rows[list(rows)])
+
+    def equals(self, other: Router) -> bool:
+        return isinstance(other, SoftmaxTopK) and torch.equal(self.rows, other.rows)
+
+
+def layer_stats(router: SoftmaxTopK, *, count: int = 400) -> LayerStats:
+    """Statistics of a layer from random tokens, all in the sample."""
+    d, num_experts = router.rows.shape[1], router.num_experts
+    x = random_inputs(count, d=d)
+    experts, gate = router(x)
+    keys = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(1))
+    sample = TokenSample(x, experts, gate, torch.arange(count) * 977, keys * 0, keys, x[:, :0], x[:, :0])
+    used = torch.bincount(experts.flatten(), minlength=num_experts)
+    zeros = torch.zeros(num_experts, d, dtype=torch.float64)
+    logits = router.logits(x).double()
+    return LayerStats(
+        used, used, zeros[:, 0], zeros[:, 0], logits.T @ logits, zeros, zeros, zeros, used[None].int(), sample, count
+    )

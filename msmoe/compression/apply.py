@@ -23,7 +23,7 @@ from msmoe.compression.factorize import FactorizeReport, factorize_into
 from msmoe.compression.group import GroupReport, Sources, merge_one
 from msmoe.compression.layer_errors import routing_costs
 from msmoe.compression.provenance import capacity_drop_rates, write_metadata
-from msmoe.compression.refitting import RefitTokens, stored_rows
+from msmoe.compression.refitting import RefitTokens, refit_layers, stored_rows
 from msmoe.compression.router import ROUTERS, RouterFit, reduce_router
 from msmoe.compression.sequential import merge_sequentially
 from msmoe.errors import UserError
@@ -310,9 +310,10 @@ def write_routers(writer: CheckpointWriter, layout: Layout, sources: Sources, ki
         writer.write(name, mean_output(sources.stats.layers[layer])[list(constants)].float())
     fits = {}
     for layer, name in layout.routers.items():
-        rows = sources.checkpoint.read_finite(name)
+        router = family.router(sources.checkpoint, layer)
+        assert router is not None
         layer_stats = sources.stats.layers[layer] if sources.stats else None
-        fits[layer] = reduce_router(kind, rows, plan.layers[layer], layer_stats)
+        fits[layer] = reduce_router(kind, router, plan.layers[layer], layer_stats)
         writer.write(name, fits[layer].rows)
     return fits
 
@@ -336,9 +337,14 @@ def merge_groups(
         pending = list(layout.merged)
         results: Iterator = on_one_thread(merge_sequentially(sources, layout, data, rows))
     else:
-        if refit != "none":
-            sources = replace(sources, tokens=RefitTokens(sources, layout, rows))
-        results = in_order(lambda key: merge_one(sources, layout, *key), pending, workers or os.cpu_count() or 1)
+        workers = workers or os.cpu_count() or 1
+        tokens = RefitTokens(sources, layout, rows) if refit != "none" else None
+        if tokens is not None and any(layer.top_k > 1 for layer in sources.family.layers(sources.checkpoint)):
+            pending = [key for key in layout.merged if key[0] in {layer for layer, _ in pending}]
+            results = refit_layers(sources, layout, pending, tokens, workers=workers)
+        else:
+            sources = replace(sources, tokens=tokens)
+            results = in_order(lambda key: merge_one(sources, layout, *key), pending, workers)
     for count, ((layer, g), (expert, report)) in enumerate(zip(pending, results, strict=True), 1):
         yield layer, g, expert, report
         if progress:

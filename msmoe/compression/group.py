@@ -1,6 +1,6 @@
 """One group of a plan: read its members, merge them, refit the result to what the original layer gave.
 
-Shapes: E experts, S sampled tokens, T tokens of the group, D d_model, F d_ff.
+Shapes: E experts, S sampled tokens, K experts of a token, T tokens of the group, D d_model, F d_ff.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from msmoe.calibration.stats import LayerStats, Stats
 from msmoe.checkpoint import Checkpoint
+from msmoe.errors import UserError
 from msmoe.families import Family
-from msmoe.families.protocol import load_expert
 from msmoe.formats.layout import Layout
 from msmoe.layer.expert import Expert
 from msmoe.merge import RULES, GroupTokens, LayerTokens, MergedGroup, Refit, align_members, merge_group, refit_group
@@ -69,15 +69,23 @@ def merge_one(sources: Sources, layout: Layout, layer: str, g: int) -> tuple[Exp
     parameters, plan = sources.plan.parameters, sources.plan.layers[layer]
     group = plan.groups[g]
     stats = sources.stats.layers[layer] if sources.stats else None
-    load = lambda e: load_expert(sources.family, sources.checkpoint, layer, e)
+    several = len(group.members) > 1
+    canonical = parameters.get("canonical", False) and several
+
+    def load(e: int) -> Expert:
+        expert = sources.family.load_expert(sources.checkpoint, layer, e)
+        if canonical and not expert.activation.scales:
+            raise UserError(f"--canonical needs neurons with a scale of their own; the experts of {layer} have the "
+                            f"activation {expert.activation.name}")  # fmt: skip
+        return expert
+
     reference = 0 if parameters.get("align_to") == "first" else group.dominant
     to_mean = parameters.get("align_to") == "mean" and parameters.get("align") != "none"
     rule = parameters.get("rule", "average")
-    several = len(group.members) > 1
     alignment = {
         "reference": reference,
         "alignment": parameters.get("align", "weight") if several and not to_mean else "none",
-        "canonical": parameters.get("canonical", False) and several,
+        "canonical": canonical,
         "inputs": (lambda member: routed_inputs(stats, (member, reference))) if stats else None,
     }
     details: dict = {}
@@ -139,12 +147,12 @@ def group_tokens(group: Group, stats: LayerStats) -> GroupTokens:
     """What a merge rule may see of the calibration data."""
     sample = stats.tokens()
     members = torch.tensor(group.members)
-    mine = torch.isin(sample.expert, members)
+    routed, gate = sample.among(members)
+    mine = routed.any(1)
     chosen, weights = sample.select(mine), sample.weights(stats.dispatched)
     layer = sample.drawn(min(LAYER_TOKENS, len(sample)), stats.num_experts)
-    routed = chosen.expert[:, None] == members
     return GroupTokens(
-        chosen.inputs, routed, chosen.gate[:, None] * routed, weights[mine], chosen.output_gradient,
+        chosen.inputs, routed[mine], gate[mine], weights[mine], chosen.output_gradient,
         chosen.has_gradient, layer.inputs, layer.weights(stats.dispatched),
     )  # fmt: skip
 
@@ -152,4 +160,4 @@ def group_tokens(group: Group, stats: LayerStats) -> GroupTokens:
 def routed_inputs(stats: LayerStats, experts: tuple[int, ...]) -> Tensor:
     """Inputs (T, D) of the sampled tokens routed to any of the experts."""
     sample = stats.tokens()
-    return sample.inputs[torch.isin(sample.expert, torch.tensor(experts))]
+    return sample.inputs[torch.isin(sample.expert, torch.tensor(experts)).any(1)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from msmoe.calibration.stats import Stats
+from msmoe.calibration.tokenizer import is_causal
 from msmoe.checkpoint import Checkpoint
 from msmoe.checkpoint.writer import CheckpointWriter
 from msmoe.compression.card import model_card, source_metadata
@@ -33,7 +34,7 @@ def capacity_drop_rates(
 
     Layers whose router loses rows are left out: where their tokens go is not in the counts.
     """
-    if stats is None:
+    if stats is None or is_causal(source.config):
         return {}
     before = source.config.get("expert_capacity", 64)
     rates = {}

@@ -4,18 +4,26 @@ Shapes: E experts, G groups, S sampled tokens, T tokens, D d_model.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
 from threading import Lock
 
 import torch
 from torch import Tensor
 
 from msmoe.checkpoint import to_dtype
-from msmoe.compression.group import Sources, dense_gate
+from msmoe.compression.group import GroupReport, Sources, dense_gate, merge_one
+from msmoe.errors import UserError
 from msmoe.formats.layout import Layout
-from msmoe.layer.routing import Routing, SoftmaxTop1
+from msmoe.layer.expert import Expert
+from msmoe.layer.routing import Routing
 from msmoe.layer.tokens import TokenSample
-from msmoe.merge.layer_refit import LayerTokens
+from msmoe.merge.layer_refit import LayerRefit, LayerTokens
+from msmoe.planning.plan import LayerPlan
+from msmoe.planning.scores import mean_output
+from msmoe.workers import in_order, single_threaded
 
 
 class RefitTokens:
@@ -33,11 +41,15 @@ class RefitTokens:
         self.locks = {layer: Lock() for layer in self.left}
         self.found: dict[str, LayerTokens] = {}
 
+    def whole(self, layer: str) -> LayerTokens:
+        """Tokens of a layer, not kept."""
+        routing = planned_routing(self.sources, self.layout, layer, self.routers.get(layer))
+        return layer_tokens(self.sources, self.layout, layer, routing)
+
     def __call__(self, layer: str) -> LayerTokens:
         with self.locks[layer]:
             if layer not in self.found:
-                routing = planned_routing(self.sources, self.layout, layer, self.routers.get(layer))
-                self.found[layer] = layer_tokens(self.sources, self.layout, layer, routing)
+                self.found[layer] = self.whole(layer)
             self.left[layer] -= 1
             return self.found[layer] if self.left[layer] > 0 else self.found.pop(layer)
 
@@ -56,14 +68,19 @@ def planned_routing(sources: Sources, layout: Layout, layer: str, reduced: Tenso
     if layout.kind == "dense":
         gate = dense_gate(stats, sources, layer)
         return Routing(torch.zeros(len(sample), 1, dtype=torch.int64), torch.full((len(sample), 1), gate))
-    if reduced is not None:
-        return SoftmaxTop1(reduced)(sample.inputs)
     routes = plan.routes(sources.plan.parameters)
     targets = torch.tensor(routes.targets)
-    if len(routes.rows) == plan.num_experts:
-        return Routing(targets[sample.expert][:, None], sample.gate[:, None])
-    router = sources.family.router(sources.checkpoint, layer).keeping(routes.rows)(sample.inputs)
-    return Routing(targets[router.experts], router.weights)
+    is_narrowed = layout.kind == "native" and len(plan.groups) < len(routes.rows)
+    if len(routes.rows) == plan.num_experts and not is_narrowed:
+        return Routing(targets[sample.expert], sample.gate)
+    router = sources.family.router(sources.checkpoint, layer)
+    if router is None:
+        raise UserError(f"a refit cannot know where the smaller router of {layer} sends tokens: choose --refit none")
+    if is_narrowed:
+        narrow = router.keeping([plan.groups[g].dominant for g in plan.stored_order])
+        return (narrow if reduced is None else narrow.with_rows(reduced))(sample.routed_on)
+    routing = router.keeping(routes.rows)(sample.routed_on)
+    return Routing(targets[routing.experts], routing.weights)
 
 
 def stored_rows(layout: Layout, layer: str, rows: Tensor) -> Tensor:
@@ -98,7 +115,49 @@ def original_outputs(sources: Sources, layer: str, sample: TokenSample, needed: 
     """
     outputs = torch.zeros_like(sample.inputs)
     for e in sample.expert[needed].unique().tolist():
-        mine = sample.expert == e
+        rows, gate = sample.of(e)
         expert = sources.family.load_expert(sources.checkpoint, layer, e)
-        outputs[mine] = expert(sample.inputs[mine]) * sample.gate[mine, None]
+        outputs.index_add_(0, rows, expert(sample.inputs[rows]) * gate[:, None])
     return outputs
+
+
+def refit_layers(
+    sources: Sources, layout: Layout, pending: Sequence[tuple[str, int]], tokens: RefitTokens, *, workers: int
+) -> Iterator[tuple[Expert, GroupReport]]:
+    """Merge the groups of each layer, several at a time, and refit them together: tokens meet several of them.
+
+    Holds the merged experts of one layer.
+
+    Args:
+        pending: (layer, group), the groups of a layer in a row; all of its groups that are computed.
+    """
+    for layer, keys in groupby(pending, key=lambda key: key[0]):
+        plan, found = sources.plan.layers[layer], tokens.whole(layer)
+        places = {plan.stored_order.index(g): (layer, g) for _, g in keys}
+        merged = in_order(lambda key: merge_one(sources, layout, *key), list(places.values()), workers)
+        experts = dict(zip(places, merged, strict=True))
+        load = partial(stored_expert, sources, plan, {index: expert for index, (expert, _) in experts.items()}, layer)
+        constants = constants_of(sources, layer)
+        with single_threaded():
+            refit = LayerRefit(load, len(plan.groups), found, constants=constants, changing=list(places))
+            solved = dict(refit.groups())
+        order = {key: index for index, key in places.items()}
+        for key in places.values():
+            (expert, report), result = experts[order[key]], solved[order[key]]
+            yield expert.with_output(result.output), replace(report, refit=result)
+
+
+def stored_expert(sources: Sources, plan: LayerPlan, computed: Mapping[int, Expert], layer: str, index: int) -> Expert:
+    """A stored expert of a layer before its refit: computed, or the sole member of its group."""
+    if index in computed:
+        return computed[index]
+    sole = plan.groups[plan.stored_order[index]].sole
+    assert sole is not None
+    return sources.family.load_expert(sources.checkpoint, layer, sole)
+
+
+def constants_of(sources: Sources, layer: str) -> Tensor | None:
+    """Mean outputs (C, D) in the place of experts."""
+    assert sources.stats is not None
+    constants = sources.plan.layers[layer].routes(sources.plan.parameters).constants
+    return mean_output(sources.stats.layers[layer])[list(constants)].float() if constants else None

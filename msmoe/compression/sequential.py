@@ -101,7 +101,7 @@ def moved_inputs(
 ) -> MovedInputs:
     """Run the partly compressed model and read, at the sampled tokens, what the layer's router now sees and does."""
     family, num_tokens = sources.family, len(sample)
-    moved = MovedInputs(sample.inputs.clone(), sample.expert.clone(), torch.zeros(num_tokens))
+    moved = MovedInputs(sample.inputs.clone(), sample.expert.clone(), torch.zeros(num_tokens, sample.top_k))
     places: dict[int, list[int]] = {}
     for i, key in enumerate(sample.record.tolist()):
         places.setdefault(key, []).append(i)
@@ -116,8 +116,8 @@ def moved_inputs(
             at = torch.tensor(places.get(keys[i], []), dtype=torch.int64)
             position = sample.position[at]
             moved.inputs[at] = routing.inputs[row, position].float()
-            moved.expert[at] = routing.logits[row, position].argmax(-1)
-            moved.gate[at] = (routing.gate * routing.dispatched)[row, position].float()
+            moved.expert[at] = routing.logits[row, position].argmax(-1, keepdim=True)
+            moved.gate[at] = (routing.gate * routing.dispatched)[row, position].float()[:, None]
 
     handle = family.routers(model)[layer].register_forward_hook(hook)
     try:

@@ -62,6 +62,33 @@ class ModuleRouter:
             )
         return ModuleRouter(self._all, self._weights, self._build, rows=kept)
 
+    @property
+    def rows(self) -> Tensor:
+        """The rows of the router's weight, float32."""
+        chosen = list(range(self._all.num_experts)) if self._rows is None else list(self._rows)
+        return self._weights[self._all.router].float()[chosen]
+
+    def with_rows(self, rows: Tensor) -> ModuleRouter:
+        weight = self._weights[self._all.router].float().clone()
+        weight[list(range(self._all.num_experts)) if self._rows is None else list(self._rows)] = rows
+        weights = {**self._weights, self._all.router: weight}
+        return ModuleRouter(self._all, weights, self._build, rows=self._rows)
+
+    def equals(self, other: Any) -> bool:
+        if not isinstance(other, ModuleRouter) or self.num_experts != other.num_experts:
+            return False
+        mine, theirs = self.kept_weights, other.kept_weights
+        return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+    @property
+    def kept_weights(self) -> dict[str, Tensor]:
+        """Tensor of the block -> its values, of the rows that stay."""
+        rows = list(range(self._all.num_experts)) if self._rows is None else list(self._rows)
+        axes = self._all.per_expert
+        return {
+            name: axes[name].select(tensor, rows) if name in axes else tensor for name, tensor in self._weights.items()
+        }
+
     def logits(self, inputs: Tensor) -> Tensor:
         """Raw scores (T, E) of what the router's weight sees (T, D')."""
         return raw_logits(inputs, self._owner, self._block)

@@ -11,14 +11,15 @@ from torch import Tensor
 from msmoe.calibration.stats import LayerStats
 from msmoe.checkpoint import to_dtype
 from msmoe.compression.group import Sources, merge_one, routed_inputs
-from msmoe.compression.layer_errors import LayerFunction, Routed, read_layer, relative_errors, route, run_layer
+from msmoe.compression.layer_errors import read_layer, relative_errors
 from msmoe.families import MoELayer
 from msmoe.formats.layout import Layout
 from msmoe.layer.expert import Expert
-from msmoe.layer.routing import Routing
+from msmoe.layer.layer import Layer
 from msmoe.layer.tokens import TokenSample
-from msmoe.merge import LayerTokens, merge_group, refit_group
+from msmoe.merge import LayerTokens, merge_group
 from msmoe.merge.align import Alignment, Match, match
+from msmoe.merge.layer_refit import LayerRefit
 from msmoe.planning.plan import Plan
 from msmoe.planning.planner import Planner
 from msmoe.planning.scores import mean_output
@@ -57,14 +58,13 @@ class Observed:
         sample: T tokens; weights: (T,) float64 calibration tokens that each one stands for; wanted: (T, D).
     """
 
-    def __init__(self, layer: LayerFunction, sample: TokenSample, stats: LayerStats):
+    def __init__(self, layer: Layer, sample: TokenSample, stats: LayerStats):
         self.sample, self.weights = sample, sample.weights(stats.dispatched)
-        self.wanted = run_layer(layer, Routed(sample.expert, sample.gate), sample.inputs)[0]
+        self.wanted = layer.run(sample.inputs, layer.route(sample, layer))
 
-    def change(self, compressed: LayerFunction, original: LayerFunction) -> Tensor:
+    def change(self, compressed: Layer, original: Layer) -> Tensor:
         """What compression adds to the output (T, D)."""
-        routed = route(compressed, original, self.sample)
-        return run_layer(compressed, routed, self.sample.inputs)[0] - self.wanted
+        return compressed.run(self.sample.inputs, compressed.route(self.sample, original)) - self.wanted
 
 
 class Trial:
@@ -83,6 +83,7 @@ class Trial:
         self.experts = [stored.expert(e) for e in range(layer.num_experts)]
         self.original = replace(stored, expert=self.experts.__getitem__)
         self.matches: dict[tuple[int, int], Match] = {}
+        self.given: dict[int, tuple[Tensor, Tensor]] = {}
         fitted, observe = self.stats.tokens(), lambda sample: Observed(self.original, sample, self.stats)
         self.fitted = observe(fitted)
         self.held_out = observe(held_out.drawn(tokens, layer.num_experts))
@@ -104,40 +105,40 @@ class Trial:
             num_targets=self.num_targets,
         )
 
-    def compressed(self, plan: Plan) -> LayerFunction:
+    def compressed(self, plan: Plan) -> Layer:
         """The layer as an `exact` export stores it."""
         layer_plan = plan.layers[self.layer.name]
         routes = layer_plan.routes(plan.parameters)
-        rows, bias = list(routes.rows), self.original.bias
-        front_dtype, output_dtype = (to_dtype(name) for name in self.layer.dtypes)
+        front_dtype, output_dtype = (to_dtype(self.layer.dtype(matrix)) for matrix in self.layer.matrices)
         means = (
             mean_output(self.stats)[list(routes.constants)].to(output_dtype)
             if routes.constants
             else self.original.constants
         )
         stored: list[Expert] = []
-        layer = LayerFunction(
-            rows=self.original.rows[rows],
-            bias=None if bias is None else bias[rows],
+        layer = Layer(
+            router=self.original.router.keeping(routes.rows),
             targets=torch.tensor(routes.targets),
             num_stored=len(layer_plan.groups),
             expert=stored.__getitem__,
             constants=means.float(),
         )
         tokens = self.tokens(layer) if plan.parameters["refit"] != "none" else None
-        is_rerouted = not layer.has_router_of(self.original)
-        for index, g in enumerate(layer_plan.stored_order):
-            expert = self.merged(plan, g)
-            if tokens and (is_rerouted or len(layer_plan.groups[g].members) > 1):
-                expert = expert.with_output(refit_group(expert, tokens, index).output)
-            stored.append(rounded(expert, front_dtype, output_dtype))
+        is_rerouted = not layer.router.equals(self.original.router)
+        merged = [self.merged(plan, g) for g in layer_plan.stored_order]
+        if tokens is not None:
+            order = layer_plan.stored_order
+            changing = [i for i, g in enumerate(order) if is_rerouted or len(layer_plan.groups[g].members) > 1]
+            refit = LayerRefit(merged.__getitem__, len(merged), tokens, constants=layer.constants, changing=changing)
+            for index, found in list(refit.groups()):
+                merged[index] = merged[index].with_output(found.output)
+        stored += [rounded(expert, front_dtype, output_dtype) for expert in merged]
         return layer
 
-    def tokens(self, layer: LayerFunction) -> LayerTokens:
+    def tokens(self, layer: Layer) -> LayerTokens:
         """What a refit solves for: the fitted tokens under the routing of a compressed layer."""
         sample, fitted = self.fitted.sample, self.fitted
-        routed = route(layer, self.original, sample)
-        routing = Routing(routed.target[:, None], routed.gate[:, None])
+        routing = layer.route(sample, self.original)
         return LayerTokens(sample.inputs, routing, fitted.wanted, fitted.weights, sample.held_out)
 
     def merged(self, plan: Plan, g: int) -> Expert:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from msmoe.checkpoint.reader import Checkpoint
 from msmoe.errors import UserError
+from msmoe.families.axes import Axis, SlicedTensor
 from msmoe.families.protocol import ExactShape, Family, MoELayer
 from msmoe.formats.layout import Layout, copies_between, expert_tensors
 from msmoe.layer.stored import StoredPart
@@ -122,12 +123,20 @@ def native(request: Request) -> Layout:
         groups = [plan.groups[g] for g in plan.stored_order]
         if layer.name in reduced:
             cut_routers(layout, request, layer, request.dominant)
-            if count < len(request.rows[layer.name]):
-                layout.routers[layer.name] = family.router_key(checkpoint, layer.name)
+            if count < len(request.rows[layer.name]) and (name := computed_router(request, layer.name)):
+                layout.routers[layer.name] = name
         parts = [family.parts_of(checkpoint, layer.name, index, count) for index in range(count)]
         layout.add_experts(checkpoint, family, layer, parts, [g.members for g in groups], {})
         fill(layout, request, layer, parts)
     return layout
+
+
+def computed_router(request: Request, layer: str) -> str | None:
+    """Tensor of the router rows of a layer, where they can be computed: rows of experts alone, and nothing else."""
+    name = request.family.router_key(request.checkpoint, layer)
+    plain = SlicedTensor(name, ((layer, Axis(0, 1)),))
+    asked = request.family.router(request.checkpoint, layer)
+    return name if plain in request.family.sliced(request.checkpoint) and asked is not None else None
 
 
 def dense(request: Request) -> Layout:

@@ -10,7 +10,7 @@ Shapes: C experts at once, T sampled tokens of an expert, D d_model, F d_ff, N i
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,12 +80,15 @@ class FactorSources:
         weights, held_out, expert, gate = sample.weights(stats.dispatched), sample.held_out, sample.expert, sample.gate
         if len(mapping) < stats.num_experts:
             router = self.family.router(self.checkpoint, layer)
-            gate, expert = router.logits(sample.inputs).softmax(-1).max(-1)
-        stored = mapping[expert]
-        return [
-            ExpertTokens(sample.inputs[mine], gate[mine], weights[mine], held_out[mine])
-            for mine in (stored == g for g in range(int(mapping.max()) + 1))
-        ]
+            assert router is not None
+            expert, gate = router(sample.routed_on)
+        routed = replace(sample, expert=mapping[expert], gate=gate)
+        found = []
+        for g in range(int(mapping.max()) + 1):  # choices of a token may meet in one stored expert: weights add up
+            mine, gates = routed.among(torch.tensor([g]))
+            rows = mine[:, 0]
+            found.append(ExpertTokens(sample.inputs[rows], gates[rows, 0], weights[rows], held_out[rows]))
+        return found
 
 
 def decompose_layer(

@@ -31,11 +31,11 @@ from msmoe.planning.methods import (
     resolve,
 )
 from msmoe.planning.plan import Group, LayerPlan, Plan
-from msmoe.planning.progressive import progressive_subset
+from msmoe.planning.progressive import Routes, logit_routes, progressive_subset, router_routes
 from msmoe.planning.scores import score_experts, shares
 from msmoe.planning.similarity import LayerView, similarity
 from msmoe.planning.sizes import Choices, settle
-from msmoe.planning.subset import SubsetErrors, best_subset
+from msmoe.planning.subset import RoutedSubsetErrors, SubsetErrors, best_subset
 
 RANKS = 4  # devices that should be able to share the experts of a layer equally
 
@@ -218,10 +218,10 @@ class Planner:
         """What similarities and searches may look at of a layer."""
         if name not in self._views:
             router = self.family.router(self.source, name)
+            router = self.family.router(self.source, name)
             self._views[name] = LayerView(
                 stats=self.stats.layers[name],
-                router=router.rows,
-                bias=router.bias,
+                router=router,
                 expert=lambda expert: self.family.load_expert(self.source, name, expert),
             )
         return self._views[name]
@@ -525,14 +525,25 @@ def select_experts(
             f"--selection {parameters.selection} does not work with a router of {num_groups} groups: use top"
         )
     if parameters.selection == "subset":
-        out = view.outputs
-        arrays = (out.logits, out.inner, out.square, out.target, out.weights)
-        found = best_subset(SubsetErrors(*(a.numpy() for a in arrays)), count)
+        found = best_subset(subset_errors(view), count)
         return list(found.experts), f"{found.search}; relative output error {found.error:.4f}"
     sample = view.stats.tokens()
-    sample = sample.select(interleaved(sample.expert, view.num_experts))
-    logits = view.logits(sample.inputs).double().numpy()
-    return list(progressive_subset(logits, sample.weights(view.stats.dispatched).numpy(), count)), ""
+    sample = sample.select(interleaved(sample.expert[:, 0], view.num_experts))
+    weights = sample.weights(view.stats.dispatched).numpy()
+    if sample.top_k == 1:
+        routed: Routes = logit_routes(view.router.logits(sample.routed_on).double().numpy())
+    else:
+        routed = router_routes(view.router, sample.routed_on)
+    return list(progressive_subset(routed, view.num_experts, weights, count)), ""
+
+
+def subset_errors(view: LayerView) -> SubsetErrors | RoutedSubsetErrors:
+    """What the errors of a layer's subsets follow from."""
+    out = view.outputs
+    if not len(out.products):
+        arrays = (out.logits, out.inner, out.square, out.target, out.weights)
+        return SubsetErrors(*(a.numpy() for a in arrays))
+    return RoutedSubsetErrors(view.router, out.routed_on, out.inner, out.products, out.target, out.weights.numpy())
 
 
 def interleaved(expert: Tensor, num_experts: int) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from msmoe.calibration.stats import LayerStats
 from msmoe.errors import UserError
 from msmoe.layer.expert import Expert
+from msmoe.layer.routing import Router
 from msmoe.merge.align import match_weights, standardise
 from msmoe.planning.outputs import LayerOutputs, layer_outputs
 
@@ -32,34 +33,27 @@ class LayerView:
 
     Attributes:
         stats: sums of the layer.
-        router: router rows (E, D).
+        router: of the layer.
         expert: loads one expert, float32.
-        bias: router biases (E,), where the router has any.
         seed: for the `random` basis.
         cache: what was computed already; shared by views of one layer that differ in their seed.
     """
 
     stats: LayerStats
-    router: Tensor
+    router: Router
     expert: Callable[[int], Expert]
     seed: int = 0
-    bias: Tensor | None = None
     cache: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:
         return self.stats.num_experts
 
-    def logits(self, inputs: Tensor) -> Tensor:
-        """Router logits (T, E) of tokens (T, D)."""
-        logits = inputs @ self.router.T
-        return logits if self.bias is None else logits + self.bias
-
     @property
     def outputs(self) -> LayerOutputs:
         """What all experts make of the same tokens."""
         if "outputs" not in self.cache:
-            self.cache["outputs"] = layer_outputs(self.stats, self.logits, self.expert)
+            self.cache["outputs"] = layer_outputs(self.stats, self.router, self.expert)
         return self.cache["outputs"]
 
     def experts(self) -> Iterator[Expert]:
@@ -124,7 +118,7 @@ def router_logits(view: LayerView, metric: Metric) -> Tensor:
 
 
 def router_weight(view: LayerView, metric: Metric) -> Tensor:
-    return vector_similarity(view.router, metric=metric)
+    return vector_similarity(view.router.rows, metric=metric)
 
 
 def weight(view: LayerView, metric: Metric) -> Tensor:
@@ -157,7 +151,7 @@ def weight_feature(view: LayerView, metric: Metric) -> Tensor:
 
 
 def router_weight_feature(view: LayerView, metric: Metric) -> Tensor:
-    return vector_similarity(view.router.double() * view.stats.input_square_sum.sum(0).sqrt(), metric=metric)
+    return vector_similarity(view.router.rows.double() * view.stats.input_square_sum.sum(0).sqrt(), metric=metric)
 
 
 def gradient(view: LayerView, metric: Metric) -> Tensor:
@@ -201,7 +195,7 @@ def mse(view: LayerView, metric: Metric) -> Tensor:
     """
     sample, num_experts = view.stats.tokens(), view.num_experts
     experts = list(view.experts())
-    inputs = [sample.inputs[sample.expert == e] for e in range(num_experts)]
+    inputs = [sample.inputs[sample.of(e)[0]] for e in range(num_experts)]
     outputs = [expert(x) for expert, x in zip(experts, inputs, strict=True)]
     similarity = torch.zeros(num_experts, num_experts, dtype=torch.float64)
     for i in range(num_experts):
@@ -244,7 +238,7 @@ def hidden_correlation(view: LayerView, value: Callable[[Tensor], float]) -> Ten
 
 
 def random(view: LayerView, metric: Metric) -> Tensor:
-    rng = np.random.default_rng([view.seed, view.num_experts, *view.router.shape])
+    rng = np.random.default_rng([view.seed, view.num_experts, *view.router.rows.shape])
     return finish(torch.from_numpy(np.tril(rng.random((view.num_experts,) * 2)) * 2))
 
 

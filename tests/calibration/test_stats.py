@@ -17,9 +17,21 @@ from msmoe.layer.tokens import TokenSample
 SUMS = ("gate_mass", "soft_mass", "router_logits_gram", "input_sum", "input_abs_sum", "input_square_sum")
 
 
+NOTHING = torch.zeros(0, dtype=torch.int64)
+EMPTY = TokenSample(
+    torch.zeros(0, 2),
+    NOTHING[:, None],
+    torch.zeros(0, 1),
+    NOTHING,
+    NOTHING,
+    NOTHING,
+    torch.zeros(0, 0),
+    torch.zeros(0, 0),
+)
+
+
 def hand_made(*, routed, dispatched, sequence_counts) -> LayerStats:
     num_experts = len(routed)
-    nothing = torch.zeros(0, dtype=torch.int64)
     sums = {name: torch.zeros(num_experts, dtype=torch.float64) for name in ("gate_mass", "soft_mass")}
     matrices = {name: torch.zeros(num_experts, 2, dtype=torch.float64) for name in SUMS[3:]}
     return LayerStats(
@@ -29,7 +41,7 @@ def hand_made(*, routed, dispatched, sequence_counts) -> LayerStats:
         router_logits_gram=torch.zeros(num_experts, num_experts, dtype=torch.float64),
         **matrices,
         sequence_counts=torch.tensor(sequence_counts, dtype=torch.int32),
-        sample=TokenSample(torch.zeros(0, 2), nothing, torch.zeros(0), nothing, nothing, nothing, torch.zeros(0, 0)),
+        sample=EMPTY,
         sample_size=8,
     )
 

@@ -23,8 +23,8 @@ def tokens_by_hand(stats, layer: str, members: list[int]):
     sample, dispatched = stats.layers[layer].tokens(), stats.layers[layer].dispatched
     chosen = [t for t in range(len(sample)) if int(sample.expert[t]) in members]
     counts = [int((sample.expert == e).sum()) for e in range(6)]
-    weights = torch.tensor([float(dispatched[sample.expert[t]]) / counts[sample.expert[t]] for t in chosen])
-    return sample.inputs[chosen], sample.gate[chosen], weights, sample.held_out[chosen]
+    weights = torch.tensor([float(dispatched[e]) / counts[e] for e in sample.expert[chosen, 0].tolist()])
+    return sample.inputs[chosen], sample.gate[chosen, 0], weights, sample.held_out[chosen]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from msmoe.calibration.stats import LayerStats
 from msmoe.errors import UserError
 from msmoe.layer.expert import switch_expert
+from msmoe.layer.routing import SoftmaxTop1
 from msmoe.layer.tokens import TokenSample
 from msmoe.planning.grouping import hierarchical
 from msmoe.planning.similarity import BASES, LayerView, gram_similarity, similarity, standardise, vector_similarity
@@ -42,12 +43,12 @@ def make_view(*, seed: int = 0, dead: tuple[int, ...] = ()) -> LayerView:
         input_abs_sum=chosen.T @ inputs.abs().double(),
         input_square_sum=chosen.T @ inputs.square().double(),
         sequence_counts=chosen.sum(0, keepdim=True).int(),
-        sample=TokenSample(inputs, expert, gate, keys, keys, keys, torch.empty(len(keys), 0)),
+        sample=TokenSample(inputs, expert[:, None], gate[:, None], keys, keys, keys, inputs[:, :0], inputs[:, :0]),
         sample_size=4096,
         gradient_gram=gradients @ gradients.T,
         weight_gradient_gram=gradients.abs() @ gradients.abs().T,
     )
-    return LayerView(stats, router, lambda e: experts[e])
+    return LayerView(stats, SoftmaxTop1(router), lambda e: experts[e])
 
 
 def permuted(view: LayerView, order: list[int]) -> LayerView:
@@ -59,7 +60,8 @@ def permuted(view: LayerView, order: list[int]) -> LayerView:
     sample = replace(stats.tokens(), expert=place[stats.tokens().expert])
     moved = {name: getattr(stats, name)[order] for name in vectors}
     moved |= {name: getattr(stats, name)[order][:, order] for name in grams}
-    return LayerView(replace(stats, **moved, sample=sample), view.router[order], lambda e: view.expert(order[e]))
+    stats = replace(stats, **moved, sample=sample)
+    return LayerView(stats, view.router.keeping(order), lambda e: view.expert(order[e]))
 
 
 @pytest.mark.parametrize("metric", ["cosine", "distance"])
@@ -101,18 +103,18 @@ def distance(x, y) -> float:
 
 def mean_of_routed(view, e, function=lambda x: x):
     sample = view.stats.tokens()
-    return function(sample.inputs[sample.expert == e]).mean(0)
+    return function(sample.inputs[sample.of(e)[0]]).mean(0)
 
 
 FEATURES = {
-    "router-logits": lambda view, e: view.stats.tokens().inputs @ view.router[e],
-    "router-weight": lambda view, e: view.router[e],
+    "router-logits": lambda view, e: view.stats.tokens().inputs @ view.router.rows[e],
+    "router-weight": lambda view, e: view.router.rows[e],
     "feature": mean_of_routed,
     "feature.abs": lambda view, e: mean_of_routed(view, e, torch.abs),
     "weight-feature": lambda view, e: (
         view.expert(e).inputs["wi"] * view.stats.tokens().inputs[view.stats.tokens().expert == e].norm(dim=0)
     ),
-    "router-weight-feature": lambda view, e: view.router[e] * view.stats.tokens().inputs.norm(dim=0),
+    "router-weight-feature": lambda view, e: view.router.rows[e] * view.stats.tokens().inputs.norm(dim=0),
     "expert-output": lambda view, e: view.expert(e)(view.stats.tokens().inputs).mean(0),
 }
 
@@ -149,7 +151,7 @@ def test_mse_compares_the_average_of_a_pair_with_each_on_its_own_tokens():
     a, b = view.expert(1), view.expert(3)
     errors = []
     for e, expert in ((1, a), (3, b)):
-        x = sample.inputs[sample.expert == e]
+        x = sample.inputs[sample.of(e)[0]]
         y = (x @ expert.inputs["wi"].T).relu() @ expert.output.T
         average = (x @ ((a.inputs["wi"] + b.inputs["wi"]) / 2).T).relu() @ ((a.output + b.output) / 2).T
         errors.append(float((average - y).square().sum() / y.square().sum()))
@@ -227,7 +229,7 @@ def test_distance_falls_as_vectors_move_apart():
 
 def test_equal_router_rows_have_similarity_one():
     view = make_view()
-    router = view.router.clone()
+    router = view.router.rows.clone()
     router[3] = router[0]
     assert similarity(replace(view, router=router), base="router-weight")[0, 3] == pytest.approx(1)
 
@@ -309,9 +311,9 @@ def test_token_similarity_is_the_mean_cosine_of_outputs_at_the_same_token():
 def test_ream_similarity_is_the_mean_of_its_two_halves():
     view = make_view()
     sample = view.stats.tokens()
-    probability = (sample.inputs @ view.router.T).softmax(-1)
+    probability = (sample.inputs @ view.router.rows.T).softmax(-1)
     gated = [(probability[:, e, None] * view.expert(e)(sample.inputs)).mean(0) for e in range(E)]
-    logits = (sample.inputs @ view.router.T).double()
+    logits = (sample.inputs @ view.router.rows.T).double()
     unit = logits / logits.norm(dim=0)
     largest = torch.cdist(unit.T, unit.T).max()
     matrix = similarity(view, base="ream")

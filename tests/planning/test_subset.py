@@ -10,6 +10,7 @@ import torch
 from tiny import LAYERS, load_tensors
 
 from msmoe.layer.expert import Expert, switch_expert
+from msmoe.layer.routing import SoftmaxTop1
 from msmoe.planning.outputs import layer_outputs
 from msmoe.planning.subset import BEAM_WIDTH, SubsetErrors, best_subset
 
@@ -109,10 +110,13 @@ def test_the_layers_own_numbers_are_those_of_its_experts(switch, stats):
     part = lambda e, name: tensors[f"{LAYER}.experts.expert_{e}.{name}.weight"]
     experts = [switch_expert(part(e, "wi"), part(e, "wo")) for e in range(6)]
     rows = tensors[f"{LAYER}.router.classifier.weight"]
-    out = layer_outputs(layer, lambda x: x @ rows.T, lambda e: experts[e])
+    out = layer_outputs(layer, SoftmaxTop1(rows), lambda e: experts[e])
     sample = layer.tokens()
     y = torch.stack(
-        [g * experts[e](x[None])[0] for x, e, g in zip(sample.inputs, sample.expert, sample.gate, strict=True)]
+        [
+            g * experts[e](x[None])[0]
+            for x, e, g in zip(sample.inputs, sample.expert[:, 0], sample.gate[:, 0], strict=True)
+        ]
     )
     for e, expert in enumerate(experts):
         f = expert(sample.inputs)
