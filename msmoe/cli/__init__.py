@@ -19,6 +19,7 @@ COMMANDS = {  # in the order of the help, each with its line in it
     "compare": "Compare methods at the same stored bytes on the same calibration data and tasks, in one table.",
     "report": "Show what statistics, plans, checkpoints and results say: a page to read, figures for a paper.",
     "methods": "List every method with one line and its source, and the choices that a plan has.",
+    "families": "List the Mixture-of-Experts families of the installed transformers and what works with each.",
     "demo": "The whole story on the embedded checkpoint: profile, plan, apply, factorise, recover, evaluate, report.",
 }
 

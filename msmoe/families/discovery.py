@@ -81,7 +81,7 @@ class Discovery:
         shape = output.shape[1:] if output.axis.block == 1 else (output.axis.block, output.shape[1])
         d_model, d_ff = reversed(shape) if output.held.transposed else shape
         inputs = [role for role in dtypes if not role.startswith("output")]
-        attention = type(self.model.get_submodule(block.experts)).__name__ == "JetMoeMoA"
+        attention = not block.special.activates(self.model.get_submodule(block.experts))
         alone = "experts of an attention can be pruned only" if attention else ""
         return MoELayer(
             block.name,

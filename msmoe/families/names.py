@@ -118,7 +118,7 @@ class DiskNames:
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
         sources: dict[str, list[Source]] = defaultdict(list)
-        self.unknown: list[str] = []
+        renamed: dict[str, str] = {}
         for key in sorted(keys, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
             if name not in state and key in state:
@@ -128,13 +128,15 @@ class DiskNames:
             if name in state:
                 sources[name].append(Source(key, pattern))
             else:
-                self.unknown.append(key)
+                renamed[key] = name
         self.origins: dict[str, Origin] = {}
         for name, found in sources.items():
             rule = by_pattern[found[0].pattern] if found[0].pattern else None
             for target, other in enumerate(targets_of(name, rule)):
                 count = len(rule.target_patterns) if rule else 1
                 self.origins[other] = Origin(tuple(found), rule, target, count)
+        self.unknown = tuple(renamed)
+        self._renamed = renamed
         self._beside: dict[str, list[str]] = defaultdict(list)
         for key in self.unknown:
             self._beside[key.rpartition(".")[0]].append(key)
@@ -156,7 +158,7 @@ class DiskNames:
             UserError: for a tensor that is missing, or stored in a way that is not understood.
         """
         if name not in self.origins:
-            beside = [k for k in self.unknown if k.startswith(name.rpartition(".")[0])]
+            beside = [key for key, near in self._renamed.items() if near.startswith(name.rpartition(".")[0])]
             has = f"; it holds {beside[0]}, of a quantisation that is not read" if beside else ""
             raise UserError(f"{checkpoint.path} lacks {name} of the model{has}")
         origin = self.origins[name]

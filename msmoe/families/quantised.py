@@ -103,7 +103,7 @@ def mxfp4_values(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def to_mxfp4(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Bytes (O, I / 32, 16) and exponents (O, I / 32) of values (O, I): nearest 4-bit values, ties to the smaller."""
+    """Bytes (O, I / 32, 16) and exponents (O, I / 32) of values (O, I): the nearest ones, ties to the smaller."""
     import torch
 
     grouped = values.float().unflatten(-1, (-1, FP4_BLOCK))
@@ -112,6 +112,6 @@ def to_mxfp4(values: Tensor) -> tuple[Tensor, Tensor]:
     scaled = torch.ldexp(grouped, -exponents[..., None])
     magnitudes = torch.tensor(FP4_VALUES[:8])
     middles = (magnitudes[1:] + magnitudes[:-1]) / 2
-    codes = torch.bucketize(scaled.abs(), middles) + 8 * (scaled < 0)
+    codes = torch.bucketize(scaled.abs().contiguous(), middles) + 8 * (scaled < 0)
     codes = codes.to(torch.uint8)
     return codes[..., ::2] | codes[..., 1::2] << 4, (exponents + SCALE_BIAS).to(torch.uint8)

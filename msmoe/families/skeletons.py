@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,18 @@ def model_class(config: dict, place: str) -> Any:
             found = getattr(module, name, None)
             if isinstance(found, type):
                 return found
+    fitting = [found for found in vars(modules[-1]).values() if takes(found, kind)]
+    if fitting:
+        return min(fitting, key=lambda c: ("ForCausalLM" not in c.__name__, "Model" not in c.__name__, len(c.__name__)))
     raise UserError(f"{place}: transformers has no model class for {shown(config.get('architectures'))}")
+
+
+def takes(found: Any, config_kind: type) -> bool:
+    """Whether something is a model class that is built from a kind of configuration."""
+    if not isinstance(found, type) or not hasattr(found, "_from_config") or found.__name__.endswith("PreTrainedModel"):
+        return False
+    wanted = found.__init__.__annotations__.get("config") if "__init__" in vars(found) else found.config_class
+    return (wanted if isinstance(wanted, str) else getattr(wanted, "__name__", "")) == config_kind.__name__
 
 
 def parse_config(config: dict, place: str) -> Any:
@@ -78,14 +90,22 @@ def skeleton(config: dict, place: str = "config.json") -> nn.Module:
     Raises:
         UserError: for a configuration that no model can have.
     """
-    return _skeleton(json.dumps(config, sort_keys=True), place)
+    return _skeleton(Described(json.dumps(config, sort_keys=True), place))
+
+
+@dataclass(frozen=True)
+class Described:
+    """Content of a `config.json`, the same wherever it stands."""
+
+    text: str
+    place: str = field(compare=False)
 
 
 @lru_cache(maxsize=8)
-def _skeleton(text: str, place: str) -> nn.Module:
+def _skeleton(described: Described) -> nn.Module:
     import torch
 
-    config = json.loads(text)
+    config, place = json.loads(described.text), described.place
     kind, parsed = model_class(config, place), parse_config(config, place)
     with explain_library_errors(f"{place} describes no model"), torch.device("meta"):
         return kind._from_config(parsed, attn_implementation="eager").eval()

@@ -80,6 +80,10 @@ class Calls:
         between = not getattr(experts, "is_concatenated", True)
         return experts._apply_gate(torch.stack([gate, up], -1).flatten(-2) if between else torch.cat([gate, up], -1))
 
+    def activates(self, experts: nn.Module) -> bool:
+        """Whether an expert is a feed-forward network: a hidden activation stands between its matrices."""
+        return True
+
     def choice(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Choice:
         """Read the call of an experts module, or of a router if `hears_router`."""
         bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).args
@@ -135,11 +139,14 @@ class JetMoe(Calls):
         return experts
 
     def held(self, experts: nn.Module) -> dict[str, Held]:
-        front = ("up",) if type(experts).__name__ == "JetMoeMoA" else GATE_UP
+        front = GATE_UP if self.activates(experts) else ("up",)
         return {"input_linear.weight": Held(front), "output_linear.weight": Held(OUTPUT)}
 
+    def activates(self, experts: nn.Module) -> bool:
+        return type(experts).__name__ == "JetMoeMoE"
+
     def activate(self, experts: nn.Module, *pre_activations: Tensor) -> Tensor:
-        if len(pre_activations) == 1:
+        if not self.activates(experts):
             raise ValueError("experts of an attention have no hidden activation of their own")
         gate, up = pre_activations
         return experts.activation(gate) * up

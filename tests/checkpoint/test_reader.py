@@ -154,7 +154,7 @@ def test_a_file_without_header_is_refused(content, copied):
         {"t": {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]}},
         {"t": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}},
         {"t": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}},
-        {"t": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}},
+        {"t": {"dtype": "F4", "shape": [4], "data_offsets": [0, 4]}},
         {"t": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}},
         {"t": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}},
         {"t": entry(4, 8)},

@@ -16,83 +16,18 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_ty
 NUM_EXPERTS = 8
 COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
-DECODERS = [
-    "afmoe",
-    "aria_text",
-    "axk1",
-    "axk2",
-    "bailing_hybrid",
-    "beam",
-    "cohere2_moe",
-    "dbrx",
-    "deepseek_ocr2_text",
-    "deepseek_v2",
-    "deepseek_v3",
-    "deepseek_v32",
-    "deepseek_v4",
-    "diffusion_gemma_text",
-    "dots1",
-    "dots3_note_text",
-    "ernie4_5_moe",
-    "ernie4_5_vl_moe_text",
-    "exaone_moe",
-    "flex_olmo",
-    "flint",
-    "gemma4_text",
-    "glm4_moe",
-    "glm4_moe_lite",
-    "glm4v_moe_text",
-    "glm5_next_text",
-    "glm_moe_dsa",
-    "gpt_oss",
-    "granitemoe",
-    "granitemoe_swa",
-    "granitemoehybrid",
-    "granitemoeshared",
-    "hunyuan_v1_moe",
-    "hy_v3",
-    "hy_v4",
-    "hy_v4_vl_text",
-    "inkling2_loop_text",
-    "inkling2_text",
-    "inkling_text",
-    "jamba",
-    "jetmoe",
-    "kimi_linear",
-    "kolibri1",
-    "laguna",
-    "lara_mini",
-    "lfm2_moe",
-    "llama4_text",
-    "longcat_flash",
-    "mellum",
-    "mimo_v2_flash",
-    "minimax",
-    "minimax_m2",
-    "minimax_m3_vl_text",
-    "mistral4",
-    "mistral_large4_text",
-    "mixtral",
-    "muse_spark_text",
-    "nemotron_h",
-    "olmoe",
-    "openai_privacy_filter",
-    "phimoe",
-    "qwen2_moe",
-    "qwen3_5_moe_text",
-    "qwen3_moe",
-    "qwen3_next",
-    "qwen3_omni_moe_text",
-    "qwen3_omni_moe_talker_text",
-    "qwen3_vl_moe_text",
-    "qwen4_exp_text",
-    "sarvam_mla",
-    "sarvam_moe",
-    "solar_open",
-    "step3p5",
-    "unlimited_ocr_text",
-    "zaya",
-]
+MODEL_TYPES = """
+afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe dbrx deepseek_ocr2_text deepseek_v2 deepseek_v3 deepseek_v32
+deepseek_v4 diffusion_gemma_text dots1 dots3_note_text ernie4_5_moe ernie4_5_vl_moe_text exaone_moe flex_olmo flint
+gemma4_text glm4_moe glm4_moe_lite glm4v_moe_text glm5_next_text glm_moe_dsa gpt_oss granitemoe granitemoe_swa
+granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 hy_v4_vl_text inkling2_loop_text inkling2_text
+inkling_text jamba jetmoe kimi_linear kolibri1 laguna lara_mini lfm2_moe llama4_text longcat_flash mellum mimo_v2_flash
+minimax minimax_m2 minimax_m3_vl_text mistral4 mistral_large4_text mixtral muse_spark_text nemotron_h olmoe
+openai_privacy_filter phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_omni_moe_text
+qwen3_omni_moe_talker_text qwen3_vl_moe_text qwen4_exp_text sarvam_mla sarvam_moe solar_open step3p5
+unlimited_ocr_text zaya
+"""
+DECODERS = tuple(MODEL_TYPES.split())
 NOT_RUN = {"dots3_note_vision_encoder": "a vision tower: takes pixels"}
 REFUSED = ("doge", "nllb-moe", "vitpose_backbone")
 
@@ -252,7 +187,7 @@ def fill_(model: nn.Module, seed: int) -> None:
             tensor.copy_(scale * torch.randn(tensor.shape, generator=generator))
             if name.endswith(
                 "balancing_biases"
-            ):  # transformers 5.24: whatever is stored
+            ):  # transformers 5.24 gives the skip class this value whatever is stored
                 tensor[-1] = -1
         elif name.endswith("per_expert_scale"):
             tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))

@@ -1,0 +1,170 @@
+"""What can be done with each Mixture-of-Experts family of the installed transformers, read off its classes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from msmoe.errors import UserError
+from msmoe.families.axes import COUNT_FIELD
+from msmoe.families.blocks import TOP_K_FIELD, Block, blocks_of
+from msmoe.families.skeletons import config_class, skeleton
+from msmoe.families.special import REFUSED
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SWITCH = "switch_transformers"  # has an adapter of its own
+MOE_SWITCHES = ("enable_moe_block", "is_moe")  # fields that are off by default
+PLACEHOLDER_COUNT, PLACEHOLDER_TOP_K, PLACEHOLDER_WIDTH = 8, 2, 64  # where a class has no default
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """One family.
+
+    Attributes:
+        stored: `per expert` or `fused`, as transformers writes it.
+        router: class of the router, and what it has beside a weight.
+        works: of inspect, native, exact, merge, refit and router, what does.
+        limits: why the others do not.
+    """
+
+    model_type: str
+    model_class: str
+    stored: str
+    router: str
+    works: tuple[str, ...]
+    limits: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "works": list(self.works)}
+
+
+def model_types() -> tuple[str, ...]:
+    """Types whose own configuration counts experts, in alphabetical order; those that wrap one are left out."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    found = []
+    for name in CONFIG_MAPPING:
+        if not CONFIG_MAPPING[name].__module__.startswith("transformers."):
+            continue
+        fields = set(inspect.signature(CONFIG_MAPPING[name].__init__).parameters)
+        aliases = getattr(CONFIG_MAPPING[name], "attribute_map", None) or {}
+        if "ffn_config" in fields or any(COUNT_FIELD.fullmatch(f) for f in fields | set(aliases)):
+            found.append(name)
+    return tuple(sorted(found))
+
+
+def rows(wanted: Sequence[str] = (), progress: Callable[[int, int], None] | None = None) -> list[FamilyRow]:
+    """The table; of some types only where any are wanted.
+
+    Raises:
+        UserError: for a type that is unknown, or has no experts.
+    """
+    known = tuple(wanted) or model_types()
+    for name in wanted:
+        config_class({"model_type": name}, "msmoe families")
+    found = []
+    for count, name in enumerate(known, 1):
+        row = row_of(name)
+        if row is not None:
+            found.append(row)
+        elif wanted:
+            raise UserError(f"{name} is not a Mixture-of-Experts family")
+        if progress:
+            progress(count, len(known))
+    return found
+
+
+def row_of(model_type: str) -> FamilyRow | None:
+    """The row of a type; None where its model has no experts."""
+    if model_type == SWITCH:
+        works = ("inspect", "native", "exact", "merge", "refit", "router")
+        return FamilyRow(model_type, "SwitchTransformersForConditionalGeneration", "per expert",
+                         "SwitchTransformersTop1Router, top 1, capacity", works, "")  # fmt: skip
+    if model_type in REFUSED:
+        return FamilyRow(model_type, "", "", "", (), REFUSED[model_type])
+    try:
+        config = default_config(model_type)
+        blocks = blocks_of(config, model_type)
+    except UserError as error:
+        if "no Mixture-of-Experts model" in str(error):
+            return None
+        return FamilyRow(model_type, "", "", "", (), f"not known, its default configuration builds no model: {error}")
+    return described(model_type, skeleton(config, model_type), blocks)
+
+
+def default_config(model_type: str) -> dict:
+    """Content of the default configuration of a type, with its experts on."""
+    kind = config_class({"model_type": model_type}, model_type)
+    content = json.loads(json.dumps(kind().to_dict(), default=str))
+    fields = {
+        **dict.fromkeys(MOE_SWITCHES, True),
+        **{name: PLACEHOLDER_COUNT for name in content if COUNT_FIELD.fullmatch(name)},
+        **{name: PLACEHOLDER_TOP_K for name in content if TOP_K_FIELD.fullmatch(name)},
+        "moe_intermediate_size": PLACEHOLDER_WIDTH,
+    }
+    missing = {name: value for name, value in fields.items() if name in content and content[name] in (None, False)}
+    if isinstance(content.get("attn_config"), dict):  # DBRX of transformers 5.24 builds no model without
+        content["attn_config"].setdefault("rope_theta", 10_000.0)
+    return content | missing
+
+
+def described(model_type: str, model: nn.Module, blocks: Sequence[Block]) -> FamilyRow:
+    """The row of a model with its blocks."""
+    first = blocks[0]
+    works, limits = ["inspect", "native"], []
+    attention = [block for block in blocks if not block.special.activates(model.get_submodule(block.experts))]
+    if first.special.hears_router or not decorated(model, first):
+        limits.append("exact: its experts are not called with choices that a map could change")
+    else:
+        works.append("exact")
+    works.append("merge")
+    if attention:
+        limits.append("merge: experts of its attention can be pruned only")
+    if first.normed:
+        limits.append("refit: a norm follows each expert")
+    else:
+        works.append("refit")
+    reasons = {block.why_no_router for block in blocks} - {""}
+    if not reasons:
+        works.append("router")
+    limits += [f"router: {reason}" for reason in sorted(reasons)]
+    kind = type(model).__name__
+    return FamilyRow(
+        model_type, kind, stored_how(model, first), router_words(model, first), tuple(works), "; ".join(limits)
+    )
+
+
+def decorated(model: nn.Module, block: Block) -> bool:
+    """Whether transformers' implementations of experts serve the block."""
+    return hasattr(model.get_submodule(block.experts), "is_concatenated")
+
+
+def stored_how(model: nn.Module, block: Block) -> str:
+    """How transformers writes the experts: one tensor for each, or for all."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    for rule in get_model_conversion_mapping(model, add_legacy=False):
+        makes = [target.replace("\\", "") for target in rule.target_patterns]
+        numbered = any(re.search(r"experts\.\*", source) for source in rule.source_patterns)
+        if numbered and any(target in parameter.name for target in makes for parameter in block.parameters):
+            return "per expert"
+    return "fused"
+
+
+def router_words(model: nn.Module, block: Block) -> str:
+    """Class of the router and what it has beside its weight."""
+    inner = block.router.removeprefix(block.name + ".").partition(".")[0]
+    kind = type(model.get_submodule(f"{block.name}.{inner}")).__name__
+    beside = sorted(name.rpartition(".")[2] for name in block.per_expert if name != block.router)
+    others = max((axis.tail for axis in block.per_expert.values()), default=0)
+    words = [kind, f"top {block.top_k}", *beside]
+    words += [f"{block.num_groups} groups"] if block.num_groups > 1 else []
+    words += [f"{others} rows of no expert"] if others else []
+    return ", ".join(words)
