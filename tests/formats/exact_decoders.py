@@ -47,7 +47,7 @@ FAMILIES = {  # model class, and what else its configuration needs
     "minimax_m2": ("MiniMaxM2ForCausalLM", {}),
     "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", {}),
     "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", {}),
-    "bailing_hybrid": ("BailingHybridForCausalLM", {}),  # other names on disk than in memory
+    "bailing_hybrid": ("BailingHybridForCausalLM", {"num_expert_group": 1}),  # other names on disk than in memory
     "qwen3_next": ("Qwen3NextForCausalLM", {}),
     "deepseek_v3": ("DeepseekV3ForCausalLM", {"n_group": 2, "num_key_value_heads": 4}),
     "zaya": ("ZayaForCausalLM", {"num_experts_per_tok": 1}),  # a router class that skips the experts
@@ -57,8 +57,8 @@ FAMILIES = {  # model class, and what else its configuration needs
         "DbrxForCausalLM",
         {
             "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128, "initializer_range": 0.2,
-            "attn_config": {"kv_n_heads": 2},
-            "ffn_config": {"ffn_hidden_size": 48, "hidden_size": 32, "moe_num_experts": E, "moe_top_k": 2},
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+            "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": E, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}},
         },
     ),
 }  # fmt: skip
@@ -84,7 +84,7 @@ def build(family: str, *, num_experts: int = E, device: str = "cpu") -> nn.Modul
             for path, tensor in model.state_dict().items():
                 if family == "dbrx" and ".mlp." in path:
                     tensor.normal_(std=0.2)
-                elif "bias" in path and tensor.is_floating_point():
+                elif "bias" in path and "balancing" not in path:  # Zaya resets the last of these on loading (5.24)
                     tensor.copy_(torch.randn_like(tensor) * 0.2)
     return model
 

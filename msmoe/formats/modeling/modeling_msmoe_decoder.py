@@ -259,7 +259,7 @@ def code(base, config):
 
 
 def without_counts(config_dict):
-    """A configuration whose `per_layer_config` has no counts of experts: the family's model cannot build them (5.24)."""
+    """A configuration without counts of experts in `per_layer_config`, which no family's model can build (5.24)."""
     counts = config_dict.get("per_layer_config") or {}
     others = {
         layer: rest
