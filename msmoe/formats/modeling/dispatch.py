@@ -35,40 +35,33 @@ class EarlierConfigOfFile(SwitchConfigOfFile):
 
 
 class DecoderConfigOfFile:
-    """Stands for a decoder's stock configuration, and for that of its `exact` exports; never made itself.
+    """Stands for a decoder's stock configuration class, and for that of its `exact` exports where the values say so.
 
-    There is one for every family: a class that imports the family's when it is used.
+    Nothing of the family is imported before it is asked for; whatever else is asked of it is asked of the stock class.
     """
 
-    model_type: str
+    def __init__(self, model_type: str):
+        self.model_type = model_type
+        module = model_type_to_module_name(model_type)
+        # as of transformers: code from a folder, once trusted, goes before what others registered
+        self.__module__ = f"transformers.models.{module}.configuration_{module}"
 
-    def __new__(cls, *arguments: Any, **values: Any) -> Any:
-        return cls.of(values)(*arguments, **values)
+    def __call__(self, *arguments: Any, **values: Any) -> Any:
+        return self.of(values)(*arguments, **values)
 
-    @classmethod
-    def from_dict(cls, config_dict: dict, **options: Any) -> Any:
-        return cls.of(config_dict).from_dict(config_dict, **options)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(stock_config(self.model_type), name)
 
-    @classmethod
-    def from_pretrained(cls, path: Any, **options: Any) -> Any:
-        config_dict, options = transformers.PreTrainedConfig.get_config_dict(path, **options)
-        return cls.from_dict(config_dict, **options)
+    def __instancecheck__(self, instance: Any) -> bool:
+        return isinstance(instance, stock_config(self.model_type))
 
-    @classmethod
-    def of(cls, values: dict) -> type:
-        if values.get("compressed_model_type") == DECODER_PREFIX + cls.model_type:
-            return decoder_classes(cls.model_type)[0]
-        return stock_config(cls.model_type)
+    def from_dict(self, config_dict: dict, **options: Any) -> Any:
+        return self.of(config_dict).from_dict(config_dict, **options)
 
-
-def decoder_config_of_file(model_type: str) -> type:
-    """The stand-in for the configurations of a decoder's files.
-
-    It says that it is of transformers: code from a folder, once trusted, goes before what others than transformers
-    registered.
-    """
-    names = {"model_type": model_type, "__module__": f"transformers.models.{model_type_to_module_name(model_type)}"}
-    return type(CONFIG_MAPPING_NAMES[model_type], (DecoderConfigOfFile,), names)
+    def of(self, values: dict) -> type:
+        if values.get("compressed_model_type") == DECODER_PREFIX + self.model_type:
+            return decoder_classes(self.model_type)[0]
+        return stock_config(self.model_type)
 
 
 def stock_config(model_type: str) -> type:
@@ -76,21 +69,15 @@ def stock_config(model_type: str) -> type:
     return getattr(transformers, CONFIG_MAPPING_NAMES[model_type])
 
 
-def stock_names(model_type: str) -> tuple[str, str]:
-    """Names of a family's causal model class and of its configuration class."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], CONFIG_MAPPING_NAMES[model_type]
-
-
 @cache
 def decoder_classes(model_type: str) -> tuple[type, type]:
     """Configuration and model class of a decoder's `exact` exports, known to the Auto classes from now on."""
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from msmoe.formats.modeling.modeling_msmoe_decoder import classes
 
-    model, config = stock_names(model_type)
-    made = classes(getattr(transformers, model), getattr(transformers, config))
+    base = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+    made = classes(base, stock_config(model_type))
     AutoModelForCausalLM.register(*made, exist_ok=True)
     return made

@@ -258,6 +258,20 @@ def code(base, config):
     return re.sub(r'^BASE_CONFIG = ".*"$', f'BASE_CONFIG = "{config}"', text, count=1, flags=re.MULTILINE)
 
 
+def without_counts(config_dict):
+    """A configuration without counts of experts in `per_layer_config`, which no family's model can build (5.24)."""
+    counts = config_dict.get("per_layer_config") or {}
+    others = {
+        layer: rest
+        for layer, values in counts.items()
+        if (rest := {key: value for key, value in values.items() if not COUNT_KEY.fullmatch(key)})
+    }
+    if others == counts:
+        return config_dict
+    values = {key: value for key, value in config_dict.items() if key != "per_layer_config"}
+    return values | ({"per_layer_config": others} if others else {})
+
+
 def classes(base, base_config):
     """Configuration and model of a family's `exact` checkpoints, from its own model and configuration classes."""
 
@@ -273,7 +287,7 @@ def classes(base, base_config):
             values = dict(config_dict)
             if values.get("experts_implementation") == HOW_TO_LOAD:
                 del values["experts_implementation"]
-            return super().from_dict(values, **options)
+            return super().from_dict(without_counts(values), **options)
 
         def to_dict(self):
             return super().to_dict() | {"experts_implementation": HOW_TO_LOAD}
