@@ -112,7 +112,7 @@ FEATURES = {
     "feature": mean_of_routed,
     "feature.abs": lambda view, e: mean_of_routed(view, e, torch.abs),
     "weight-feature": lambda view, e: (
-        view.expert(e).inputs["wi"] * view.stats.tokens().inputs[view.stats.tokens().expert == e].norm(dim=0)
+        view.expert(e).inputs["wi"] * view.stats.tokens().inputs[view.stats.tokens().of(e)[0]].norm(dim=0)
     ),
     "router-weight-feature": lambda view, e: view.router.rows[e] * view.stats.tokens().inputs.norm(dim=0),
     "expert-output": lambda view, e: view.expert(e)(view.stats.tokens().inputs).mean(0),
