@@ -205,7 +205,7 @@ def measure_ranks(
     shape = FactorShape(options.rank or 1, 0)
     workers = workers or os.cpu_count() or 1
     shapes = lambda layer: dict.fromkeys(layer.matrices, shape)
-    results = in_order(lambda job: factorize_layer(sources, *job, shapes(job[0]), None), layers, workers)
+    results = in_order(lambda job: factorize_layer(sources, job[0], job[1], shapes(job[0]), None), layers, workers)
     reports: list[dict] = []
     for done, experts in enumerate(results, 1):
         reports += [asdict(report) for expert in experts for report in expert.reports]

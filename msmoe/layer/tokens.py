@@ -43,7 +43,7 @@ class TokenSample:
     key: "Tensor"
     output_gradient: "Tensor"
     router_inputs: "Tensor"
-    chance: "Tensor | None" = None
+    chance: "Tensor" = None  # pyright: ignore - set below
 
     def __post_init__(self) -> None:
         if self.chance is None:
@@ -187,9 +187,9 @@ def draw(keys: np.ndarray, expert: np.ndarray, num_experts: int, size: int) -> t
     rank = np.empty(len(flat), dtype=np.int64)
     rank[order] = np.arange(len(flat)) - starts[flat[order]]
     chosen = rank.reshape(num_tokens, top_k) < share
-    mask = chosen.any(1)
+    mask = np.asarray(chosen.any(1))
     others = np.flatnonzero(~mask)
-    room = size - np.count_nonzero(chosen)
+    room = size - int(np.count_nonzero(chosen))
     rest = others[np.argsort(keys[others], kind="stable")[:room]]
     mask[rest] = True
 

@@ -73,7 +73,7 @@ def fisher_average(
         The merged expert, in the members' dtype, and the share of its entries whose summed Fisher is at most c.
     """
     stacks = (zip(*(expert.tensors for expert in experts), strict=True) for experts in (members, fishers))
-    averaged = [_average_matrix(*tensors, weights, floor) for tensors in zip(*stacks, strict=True)]
+    averaged = [_average_matrix(tensors, fs, weights, floor) for tensors, fs in zip(*stacks, strict=True)]
     num_entries = sum(at_floor.numel() for _, at_floor in averaged)
     num_at_floor = sum(int(at_floor.sum()) for _, at_floor in averaged)
     return members[0].like([tensor for tensor, _ in averaged]), num_at_floor / num_entries

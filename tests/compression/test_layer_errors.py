@@ -75,7 +75,7 @@ def test_hand_worked_errors_are_weighted_by_the_tokens_that_each_one_stands_for(
     wanted = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0]])
     change = torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
     error, by_expert = relative_errors(
-        wanted, change, torch.tensor([1.0, 3.0, 2.0]).double(), torch.tensor([0, 2, 2]), 3
+        wanted, change, torch.tensor([1.0, 3.0, 2.0]).double(), torch.tensor([[0], [2], [2]]), 3
     )
     # (1 * 1 + 3 * 2 + 2 * 0) / (1 * 25 + 3 * 1 + 2 * 4) = 7 / 36; expert 0: 1 / 25; expert 2: 6 / 11
     assert error == pytest.approx(7 / 36)
