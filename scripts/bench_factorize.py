@@ -63,7 +63,7 @@ def stage_svd(folder: Path, work: Path) -> dict:
     seconds = 0.0
     for layer in family.layers(source)[1:]:
         experts = [load_expert(family, source, layer.name, e) for e in range(layer.num_experts)]
-        for stack in (torch.stack([e.wi for e in experts]), torch.stack([e.wo for e in experts])):
+        for stack in (torch.stack([e.front for e in experts]), torch.stack([e.output for e in experts])):
             started = time.perf_counter()
             torch.linalg.svd(stack, full_matrices=False)
             seconds += time.perf_counter() - started

@@ -107,7 +107,7 @@ def expert_facts() -> tuple[str, float]:
     rows, largest = [], 0.0
     for name, layer in stats.layers.items():
         experts = lambda e, name=name: load_expert(family, source, name, e)
-        view = LayerView(layer, source.read_finite(family.router_key(name)), experts)
+        view = LayerView(layer, family.router(source, name), experts)
         off = ~torch.eye(layer.num_experts, dtype=torch.bool)
         weights = 2 * similarity(view, base="weight")[off] - 1
         outputs = torch.nn.functional.normalize(mean_outputs(view), dim=1)

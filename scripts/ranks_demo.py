@@ -18,9 +18,10 @@ import msmoe
 from msmoe.checkpoint import Checkpoint
 from msmoe.compression.group import Sources, merge_one
 from msmoe.demo import CALIBRATION, CHECKPOINT
-from msmoe.families import Expert, family_of
+from msmoe.families import family_of
 from msmoe.families.protocol import load_expert
 from msmoe.formats.layout import build_export
+from msmoe.layer.expert import Expert
 from msmoe.lowrank.measures import stable_rank
 from msmoe.merge import merge_group
 
@@ -29,7 +30,9 @@ NUM_DRAWS = 10
 
 def ranks(experts: Sequence[Expert]) -> tuple[float, float]:
     """Mean stable rank of `wi` and of `wo`."""
-    return statistics.mean(stable_rank(e.wi) for e in experts), statistics.mean(stable_rank(e.wo) for e in experts)
+    return statistics.mean(stable_rank(e.front) for e in experts), statistics.mean(
+        stable_rank(e.output) for e in experts
+    )
 
 
 def random_groups(sizes: Sequence[int], num_experts: int, *, seed: int) -> list[list[int]]:

@@ -26,11 +26,12 @@ from msmoe.compression.provenance import capacity_drop_rates, write_metadata
 from msmoe.compression.router import ROUTERS, RouterFit, reduce_router
 from msmoe.compression.sequential import merge_sequentially
 from msmoe.errors import UserError
-from msmoe.families import Expert, Family, family_of
+from msmoe.families import Family, family_of
 from msmoe.families.loading import check_complete
 from msmoe.files import Output
 from msmoe.formats.layout import Export, build_export
 from msmoe.formats.verify import check_written
+from msmoe.layer.expert import Expert
 from msmoe.lowrank.options import SIZES, FactorOptions
 from msmoe.merge import RULES
 from msmoe.places import CHECKPOINT, check_place
@@ -218,7 +219,7 @@ def merge(
             sources, layout, writer.done, data=data, workers=workers, progress=progress
         ):
             note = report.describe() | {"crc32": []}
-            for slot, tensor in zip(layout.merged[layer, g], merged, strict=True):
+            for slot, tensor in zip(layout.merged[layer, g], merged.tensors, strict=True):
                 note["crc32"].append(writer.write(slot.tensor, tensor, index=slot.index))
             writer.note(f"{layer}/{report.dominant}", note)
             for slot in layout.merged[layer, g]:

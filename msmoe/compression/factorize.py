@@ -22,7 +22,7 @@ from msmoe.compression.provenance import read_provenance, write_factor_metadata
 from msmoe.errors import UserError
 from msmoe.families import Family, MoELayer, inspectable_family_of
 from msmoe.families.loading import check_complete
-from msmoe.families.protocol import MATRICES
+from msmoe.families.protocol import load_expert
 from msmoe.files import Output
 from msmoe.formats.layout import Export
 from msmoe.formats.verify import check_written
@@ -145,7 +145,7 @@ def factorize_into(
         write_factor_metadata(
             writer, layout, source, family, described, options=asdict(chosen_options), matrices=matrices, stats=stats
         )
-    dense = tuple((layer.name, m) for layer, _ in chosen for m in MATRICES if m not in shapes.get(layer.name, {}))
+    dense = tuple((layer.name, m) for layer, _ in chosen for m in layer.matrices if m not in shapes.get(layer.name, {}))
     return FactorizeReport(
         writer.out, shapes, dense, matrices, predicted_error, layout.num_parameters, layout.num_bytes
     )
@@ -202,9 +202,10 @@ def measure_ranks(
     if stats is not None:
         stats = stats if isinstance(stats, Stats) else Stats.load(stats)
     sources = FactorSources(family, source, options, stats, expert_maps(family, source, stats))
-    shape: LayerFactors = dict.fromkeys(MATRICES, FactorShape(options.rank or 1, 0))
+    shape = FactorShape(options.rank or 1, 0)
     workers = workers or os.cpu_count() or 1
-    results = in_order(lambda job: factorize_layer(sources, job[0], job[1], shape, None), layers, workers)
+    shapes = lambda layer: dict.fromkeys(layer.matrices, shape)
+    results = in_order(lambda job: factorize_layer(sources, *job, shapes(job[0]), None), layers, workers)
     reports: list[dict] = []
     for done, experts in enumerate(results, 1):
         reports += [asdict(report) for expert in experts for report in expert.reports]
@@ -321,13 +322,16 @@ def with_ranks_before(
     plan = Plan.load(source.path / "plan.json")
     origin = inspectable_family_of(original)
     plan.check_against(original, origin.layers(original))
+    fronts = {layer.name: layer.front for layer in origin.layers(original)}
     known = [m for m in matrices if m["layer"] in plan.layers]
 
     def mean_rank(report: dict) -> float:
-        layer = plan.layers[report["layer"]]
+        name = report["layer"]
+        layer = plan.layers[name]
         members = layer.groups[layer.stored_order[report["expert"]]].members
-        keys = [getattr(origin.expert_keys(report["layer"], e), report["matrix"]) for e in members]
-        return sum(stable_rank(original.read_finite(key)) for key in keys) / len(keys)
+        experts = (load_expert(origin, original, name, e) for e in members)
+        ranks = [stable_rank(e.front if report["matrix"] == fronts[name] else e.output) for e in experts]
+        return sum(ranks) / len(ranks)
 
     for report, rank in zip(known, in_order(mean_rank, known, workers), strict=True):
         report["stable_rank_before"] = rank

@@ -1,18 +1,20 @@
 """One group of a plan: read its members, merge them, refit the result to what the members gave.
 
-Shapes: E experts, S sampled tokens, T tokens of the group, D d_model, F d_ff.
+Shapes: E experts, S sampled tokens, K experts of a token, T tokens of the group, D d_model, F d_ff.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from msmoe.calibration.stats import LayerStats, Stats
 from msmoe.checkpoint import Checkpoint
-from msmoe.families import Expert, Family
+from msmoe.errors import UserError
+from msmoe.families import Family
 from msmoe.families.protocol import load_expert
 from msmoe.formats.layout import Export
+from msmoe.layer.expert import Expert
 from msmoe.layer.tokens import TokenSample
 from msmoe.merge import RULES, GroupTokens, MergedGroup, Refit, align_members, merge_group, refit_output
 from msmoe.merge.align import Match
@@ -64,7 +66,7 @@ class MovedInputs:
     """What the sampled tokens of a layer look like once earlier layers are compressed.
 
     Attributes:
-        inputs: (S, D); expert: (S,) routed expert; gate: (S,) gate value; 0 for a token that is dropped now.
+        inputs: (S, D); expert: (S, K) routed experts; gate: (S, K) gate values; 0 for a choice that is dropped now.
     """
 
     inputs: Tensor
@@ -76,17 +78,25 @@ def merge_one(sources: Sources, layout: Export, layer: str, g: int) -> tuple[Exp
     """Merge, and refit if the plan says so, one group of one layer."""
     parameters, group = sources.plan.parameters, sources.plan.layers[layer].groups[g]
     stats = sources.stats.layers[layer] if sources.stats else None
-    load = lambda e: load_expert(sources.family, sources.checkpoint, layer, e)
+    several = len(group.members) > 1
+    canonical = parameters.get("canonical", False) and several
+
+    def load(e: int) -> Expert:
+        expert = load_expert(sources.family, sources.checkpoint, layer, e)
+        if canonical and not expert.activation.scales:
+            raise UserError(f"--canonical needs neurons with a scale of their own; the experts of {layer} have the "
+                            f"activation {expert.activation.name}")  # fmt: skip
+        return expert
+
     refits = parameters.get("refit", "none") != "none" and len(group.members) > 1
     targets = GroupTargets(group, stats) if refits and stats else None
     reference = 0 if parameters.get("align_to") == "first" else group.dominant
     to_mean = parameters.get("align_to") == "mean" and parameters.get("align") != "none"
     rule = parameters.get("rule", "average")
-    several = len(group.members) > 1
     alignment = {
         "reference": reference,
         "alignment": parameters.get("align", "weight") if several and not to_mean else "none",
-        "canonical": parameters.get("canonical", False) and several,
+        "canonical": canonical,
         "inputs": (lambda member: routed_inputs(stats, (member, reference))) if stats else None,
         "visit": targets.visit if targets else None,
     }
@@ -107,11 +117,17 @@ def merge_one(sources: Sources, layout: Export, layer: str, g: int) -> tuple[Exp
         moved = sources.moved_inputs.get(layer)
         gate = dense_gate(stats, sources, layer) if layout.kind == "dense" and stats else None
         refit = targets.refit(expert, moved, constant_gate=gate)
-        expert = Expert(expert.wi, refit.wo)
+        expert = expert.with_output(refit.output)
     if layout.kind == "dense":
         assert stats is not None
-        expert = Expert(expert.wi, expert.wo * dense_gate(stats, sources, layer))
+        expert = scaled(expert, dense_gate(stats, sources, layer))
     return expert, GroupReport(layer, group.dominant, group.members, merged.matches, refit, details)
+
+
+def scaled(expert: Expert, factor: float) -> Expert:
+    """The expert whose outputs are `factor` times as large."""
+    bias = None if expert.output_bias is None else expert.output_bias * factor
+    return expert.with_output(expert.output * factor, bias)
 
 
 def dense_gate(stats: LayerStats, sources: Sources, layer: str) -> float:
@@ -128,7 +144,7 @@ def align_to_mean(
 ) -> tuple[list[Expert], dict[int, Match], dict[str, int]]:
     """Members aligned to the mean of one another, as matches whose objective is that of the whole group."""
     permutations, rounds = match_many(experts)
-    before = objective(experts, [torch.arange(len(e.wi)) for e in experts])
+    before = objective(experts, [torch.arange(e.num_neurons) for e in experts])
     after = objective(experts, permutations)
     matches = {member: Match(p, before, after) for member, p in zip(members, permutations, strict=True)}
     return [e.permuted(p) for e, p in zip(experts, permutations, strict=True)], matches, {"rounds": rounds}
@@ -136,22 +152,21 @@ def align_to_mean(
 
 def no_tokens(expert: Expert) -> GroupTokens:
     """What a rule may see where no statistics are given."""
-    empty, inputs = torch.zeros(0), torch.zeros(0, expert.wi.shape[1])
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return GroupTokens(inputs, nothing, empty, empty.double(), inputs, nothing.bool(), inputs, empty.double())
+    empty, inputs = torch.zeros(0), torch.zeros(0, len(expert.output))
+    nobody = torch.zeros(0, 1)
+    return GroupTokens(inputs, nobody.bool(), nobody, empty.double(), inputs, empty.bool(), inputs, empty.double())
 
 
 def group_tokens(group: Group, stats: LayerStats) -> GroupTokens:
     """What a merge rule may see of the calibration data."""
     sample = stats.tokens()
     members = torch.tensor(group.members)
-    mine = torch.isin(sample.expert, members)
+    routed, gate = sample.among(members)
+    mine = routed.any(1)
     chosen, weights = sample.select(mine), sample.weights(stats.dispatched)
     layer = sample.drawn(min(LAYER_TOKENS, len(sample)), stats.num_experts)
-    position = torch.zeros(stats.num_experts, dtype=torch.int64)
-    position[members] = torch.arange(len(members))
     return GroupTokens(
-        chosen.inputs, position[chosen.expert], chosen.gate, weights[mine], chosen.output_gradient,
+        chosen.inputs, routed[mine], gate[mine], weights[mine], chosen.output_gradient,
         chosen.has_gradient, layer.inputs, layer.weights(stats.dispatched),
     )  # fmt: skip
 
@@ -159,33 +174,36 @@ def group_tokens(group: Group, stats: LayerStats) -> GroupTokens:
 def routed_inputs(stats: LayerStats, experts: tuple[int, ...]) -> Tensor:
     """Inputs (T, D) of the sampled tokens routed to any of the experts."""
     sample = stats.tokens()
-    return sample.inputs[torch.isin(sample.expert, torch.tensor(experts))]
+    return sample.inputs[torch.isin(sample.expert, torch.tensor(experts)).any(1)]
 
 
 class GroupTargets:
-    """The sampled tokens of a group, and what the original layer made of them.
+    """The sampled tokens of a group, and what its members made of them together.
 
-    The targets of a member's tokens are computed when the merge visits it.
+    What a member adds to the targets is computed when the merge visits it.
     """
 
     def __init__(self, group: Group, stats: LayerStats):
         sample = stats.tokens()
         self.members = torch.tensor(group.members)
-        self.chosen = torch.isin(sample.expert, self.members).nonzero().flatten()
+        self.chosen = torch.isin(sample.expert, self.members).any(1).nonzero().flatten()
         self.sample: TokenSample = sample.select(self.chosen)
         self.weights = sample.weights(stats.dispatched)[self.chosen]
         self.targets = torch.zeros_like(self.sample.inputs)
 
     def visit(self, member: int, expert: Expert) -> None:
-        mine = self.sample.expert == member
-        self.targets[mine] = expert(self.sample.inputs[mine]) * self.sample.gate[mine, None]
+        rows, gate = self.sample.of(member)
+        self.targets.index_add_(0, rows, expert(self.sample.inputs[rows]) * gate[:, None])
 
     def refit(self, merged: Expert, moved: MovedInputs | None, *, constant_gate: float | None) -> Refit:
         """Refit for the gate values that the merged expert will meet: the sample's, the moved ones, or a constant."""
         sample = self.sample
         if moved is None:
-            gate = sample.gate if constant_gate is None else torch.full_like(sample.gate, constant_gate)
+            gate = sample.among(self.members)[1].sum(1)
+            gate = gate if constant_gate is None else torch.full_like(gate, constant_gate)
             return refit_output(merged, sample.inputs, gate, self.targets, self.weights, sample.held_out)
-        stays = torch.isin(moved.expert[self.chosen], self.members)
-        inputs, gate = moved.inputs[self.chosen][stays], moved.gate[self.chosen][stays]
+        now = replace(sample, expert=moved.expert[self.chosen], gate=moved.gate[self.chosen])
+        routed, gates = now.among(self.members)
+        stays = routed.any(1)
+        inputs, gate = moved.inputs[self.chosen][stays], gates[stays].sum(1)
         return refit_output(merged, inputs, gate, self.targets[stays], self.weights[stays], sample.held_out[stays])

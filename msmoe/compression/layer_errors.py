@@ -3,10 +3,10 @@
 A layer is taken by itself: its tokens are those that the original model showed it. What compressed layers hand on to
 one another is not in it, and neither are tokens over capacity.
 
-Shapes: E experts of the original, R router rows, G stored experts, C constants, T tokens, D d_model.
+Shapes: E experts of the original, T tokens, K experts of a token, D d_model.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +18,11 @@ from msmoe.calibration.stats import LayerStats, Stats
 from msmoe.checkpoint import Checkpoint
 from msmoe.compression.provenance import read_provenance
 from msmoe.errors import UserError
-from msmoe.families import Expert, Family, family_of, inspectable_family_of
+from msmoe.families import Family, family_of, inspectable_family_of
 from msmoe.families.protocol import load_stored_expert
-from msmoe.layer.tokens import TokenSample
+from msmoe.layer.expert import Expert
+from msmoe.layer.layer import Layer
+from msmoe.layer.routing import Routing
 from msmoe.lowrank.measures import stable_rank
 from msmoe.merge import RULES
 from msmoe.planning.plan import Plan
@@ -30,10 +32,10 @@ GATE_TOLERANCE = 1e-4  # relative; rounding of float32 logits stays below
 
 
 class StableRanks(NamedTuple):
-    """Mean over a layer's experts of |W|_F^2 / |W|_2^2 of either matrix."""
+    """Mean over a layer's experts of |W|_F^2 / |W|_2^2, of all input matrices together and of the output."""
 
-    wi: float
-    wo: float
+    front: float
+    output: float
 
 
 @dataclass(frozen=True)
@@ -159,10 +161,10 @@ def routing_costs(
     for layer in family.layers(native):
         before = read_layer(family, original, layer.name, stats.layers[layer.name].num_experts)
         exported = read_layer(family, native, layer.name, layer.num_experts)
-        if layer.name not in plan.layers or len(exported.rows) == len(before.rows):
+        if layer.name not in plan.layers or exported.router.num_experts == before.router.num_experts:
             continue
         targets = torch.tensor(plan.layers[layer.name].expert_map)
-        planned = replace(exported, rows=before.rows, bias=before.bias, targets=targets)
+        planned = replace(exported, router=before.router, targets=targets)
         how = {"tokens": tokens, "every": False, "stable_ranks": False, "seen": True}
         errors = [compare_layers(before, after, None, stats.layers[layer.name], **how) for after in (planned, exported)]
         costs[layer.name] = errors[0].error, errors[1].error
@@ -220,87 +222,36 @@ def covered(reference: dict) -> frozenset[str]:
     return frozenset(reference.get("parts") or ([digest] if digest else []))
 
 
-# ---- one layer, original or compressed
-
-
-@dataclass(frozen=True)
-class LayerFunction:
-    """A layer as its tokens meet it.
-
-    Attributes:
-        rows: (R, D) router rows; bias: (R,), where the router has any.
-        targets: (R,) int64 where each row leads: a stored expert, or G plus a position in `constants`.
-        num_stored: G; expert: loads one of them, float32.
-        constants: (C, D) outputs in place of experts.
-    """
-
-    rows: Tensor
-    bias: Tensor | None
-    targets: Tensor
-    num_stored: int
-    expert: Callable[[int], Expert]
-    constants: Tensor
-
-    def has_router_of(self, other: "LayerFunction") -> bool:
-        """Whether both routers are the same, bit for bit."""
-        if (self.bias is None) != (other.bias is None) or not torch.equal(self.rows, other.rows):
-            return False
-        return self.bias is None or other.bias is None or torch.equal(self.bias, other.bias)
-
-
-class Routed(NamedTuple):
-    """Where tokens go, (T,) int64 as `LayerFunction.targets`, and at which gate value, (T,)."""
-
-    target: Tensor
-    gate: Tensor
-
-
-def read_layer(family: Family, checkpoint: Checkpoint, name: str, num_stored: int) -> LayerFunction:
+def read_layer(family: Family, checkpoint: Checkpoint, name: str, num_stored: int) -> Layer:
     """A layer of an original, `exact` or `native` checkpoint; experts are read when asked for."""
-    optional = lambda key: checkpoint.read_finite(key) if key in checkpoint else None
-    rows = checkpoint.read_finite(family.router_key(name))
-    exact = checkpoint.model_type == family.compressed_model_type
-    constants = optional(family.constants_key(name))
-    return LayerFunction(
-        rows=rows,
-        bias=optional(family.router_bias_key(name)),
-        targets=checkpoint.read(family.expert_map_key(name)) if exact else torch.arange(len(rows)),
+    router = family.router(checkpoint, name)
+    assert router is not None
+    exact, constants = checkpoint.model_type == family.compressed_model_type, family.constants_key(name)
+    return Layer(
+        router=router,
+        targets=checkpoint.read(family.expert_map_key(name)) if exact else torch.arange(router.num_experts),
         num_stored=num_stored,
         expert=lambda index: load_stored_expert(family, checkpoint, name, index),
-        constants=rows[:0] if constants is None else constants,
+        constants=checkpoint.read_finite(constants) if constants in checkpoint else router.rows[:0],
     )
 
 
-def route(layer: LayerFunction, original: LayerFunction, sample: TokenSample) -> Routed:
-    """Where a layer sends sampled tokens; as recorded, free of rounding, where its router is the original's."""
-    if layer.has_router_of(original):
-        return Routed(layer.targets[sample.expert], sample.gate)
-    logits = sample.inputs @ layer.rows.T
-    gate, row = (logits if layer.bias is None else logits + layer.bias).softmax(-1).max(-1)
-    return Routed(layer.targets[row], gate)
+class RankMeans:
+    """Means of the stable ranks of the experts that it is called with."""
 
+    def __init__(self) -> None:
+        self.ranks: list[tuple[float, float]] = []
 
-def run_layer(
-    layer: LayerFunction, routed: Routed, inputs: Tensor, *, stable_ranks: bool = False
-) -> tuple[Tensor, StableRanks | None]:
-    """Gate-weighted outputs (T, D) of tokens (T, D), and the stable ranks; one expert in memory at a time."""
-    outputs, ranks = torch.zeros_like(inputs), []
-    for g in range(layer.num_stored):
-        mine = (routed.target == g).nonzero().flatten()
-        if len(mine) or stable_ranks:
-            expert = layer.expert(g)
-            outputs[mine] = expert(inputs[mine])
-            if stable_ranks:
-                ranks.append((stable_rank(expert.wi), stable_rank(expert.wo)))
-    constant = routed.target >= layer.num_stored
-    outputs[constant] = layer.constants[routed.target[constant] - layer.num_stored]
-    means = StableRanks(*(sum(values) / len(values) for values in zip(*ranks, strict=True))) if ranks else None
-    return outputs * routed.gate[:, None], means
+    def __call__(self, expert: Expert) -> None:
+        self.ranks.append((stable_rank(expert.front), stable_rank(expert.output)))
+
+    def means(self) -> StableRanks:
+        return StableRanks(*(sum(values) / len(values) for values in zip(*self.ranks, strict=True)))
 
 
 def compare_layers(
-    before: LayerFunction,
-    after: LayerFunction,
+    before: Layer,
+    after: Layer,
     places: Tensor | None,
     stats: LayerStats,
     *,
@@ -318,20 +269,27 @@ def compare_layers(
     sample = stats.tokens()
     sample = (sample if every else sample.select(sample.held_out)).drawn(tokens, stats.num_experts)
     weights = sample.weights(stats.dispatched)
-    routed = route(after, before, sample)
-    wanted, ranks_before = run_layer(
-        before, Routed(sample.expert, sample.gate), sample.inputs, stable_ranks=stable_ranks
-    )
-    given, ranks_after = run_layer(after, routed, sample.inputs, stable_ranks=stable_ranks)
+    routed, ranks = after.route(sample, before), (RankMeans(), RankMeans())
+    visits = ranks if stable_ranks else (None, None)
+    wanted = before.run(sample.inputs, before.route(sample, before), visit=visits[0])
+    given = after.run(sample.inputs, routed, visit=visits[1])
     error, by_expert = relative_errors(wanted, given - wanted, weights, sample.expert, stats.num_experts)
-    if after.has_router_of(before):
+    if after.router.equals(before.router):
         places = after.targets
     rerouted = float("nan")
     if places is not None and len(sample):
-        moved = (routed.gate - sample.gate).abs() > GATE_TOLERANCE * sample.gate
-        moved |= routed.target != places[sample.expert]
+        num_places = after.num_stored + len(after.constants)
+        change = by_place(routed, num_places) - by_place(Routing(places[sample.expert], sample.gate), num_places)
+        moved = (change.abs() > GATE_TOLERANCE * sample.gate.sum(1, keepdim=True)).any(1)
         rerouted = float(weights @ moved.double() / weights.sum())
-    return LayerError(error, by_expert, len(sample), rerouted, seen, ranks_before, ranks_after)
+    means = [found.means() if stable_ranks else None for found in ranks]
+    return LayerError(error, by_expert, len(sample), rerouted, seen, *means)
+
+
+def by_place(routing: Routing, num_places: int) -> Tensor:
+    """Weights (T, P + 1) with which tokens go to each of P places; those of the place -1 are in the last column."""
+    weights = routing.weights.new_zeros(len(routing.experts), num_places + 1)
+    return weights.scatter_add_(1, routing.experts % (num_places + 1), routing.weights)
 
 
 def relative_errors(
@@ -342,10 +300,11 @@ def relative_errors(
     NaN for no tokens, and for outputs of zero.
 
     Args:
-        wanted, change: (T, D); weights: (T,) float64; expert: (T,) of each token.
+        wanted, change: (T, D); weights: (T,) float64; expert: (T, K) of each token.
     """
     squares_T2 = torch.stack([t.double().square().sum(1) * weights for t in (change, wanted)], dim=1)
-    sums_E2 = torch.zeros(num_experts, 2, dtype=torch.float64).index_add_(0, expert, squares_T2)
-    total = sums_E2.sum(0)
+    sums_E2 = torch.zeros(num_experts, 2, dtype=torch.float64)
+    sums_E2.index_add_(0, expert.flatten(), squares_T2.repeat_interleave(expert.shape[1], dim=0))
+    total = sums_E2.sum(0)  # K times that of the tokens
     ratio = lambda sums: torch.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1], torch.nan)
     return float(ratio(total)), ratio(sums_E2)

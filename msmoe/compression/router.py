@@ -1,7 +1,8 @@
 """Router rows for a checkpoint that stores only the groups: E rows -> G rows.
 
 `dominant` keeps the rows of the dominant experts, `mean` averages the rows of each group by its weights, `fit` trains
-the rows on calibration tokens to choose the same groups with the same gate value.
+the rows on calibration tokens to choose the same groups with the same gate value. For routers that give a token one
+expert, at its softmax probability.
 
 Shapes: E experts, G groups, S sampled tokens, D d_model.
 """
@@ -48,12 +49,12 @@ def reduce_router(kind: str, rows: Tensor, plan: LayerPlan, stats: LayerStats | 
     if stats is None:
         return RouterFit(reduced, float("nan"), float("nan"))
     sample = stats.tokens()
-    target = torch.tensor(plan.expert_map)[sample.expert]
+    target, gate = torch.tensor(plan.expert_map)[sample.expert[:, 0]], sample.gate[:, 0]
     weights = sample.weights(stats.dispatched).float()
     if kind == "fit" and bool((~sample.held_out).any()):
         used = ~sample.held_out
-        reduced = fit_rows(reduced, sample.inputs[used], target[used], sample.gate[used], weights[used])
-    return measure(reduced, sample.inputs, target, sample.gate, weights, sample.held_out)
+        reduced = fit_rows(reduced, sample.routed_on[used], target[used], gate[used], weights[used])
+    return measure(reduced, sample.routed_on, target, gate, weights, sample.held_out)
 
 
 def fit_rows(rows: Tensor, inputs: Tensor, target: Tensor, gate: Tensor, weights: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ from msmoe.calibration.records import TokenRecord
 from msmoe.calibration.tokenizer import special_tokens
 from msmoe.compression.group import GroupReport, MovedInputs, Sources, merge_one
 from msmoe.errors import UserError
-from msmoe.families import Expert, Routing
+from msmoe.families import Routing
 from msmoe.formats.layout import Export
+from msmoe.layer.expert import Expert
 from msmoe.layer.tokens import TokenSample
 
 BATCH_SIZE = 16
@@ -61,7 +62,7 @@ def moved_inputs(
 ) -> MovedInputs:
     """Run the partly compressed model and read, at the sampled tokens, what the layer's router now sees and does."""
     family, num_tokens = sources.family, len(sample)
-    moved = MovedInputs(sample.inputs.clone(), sample.expert.clone(), torch.zeros(num_tokens))
+    moved = MovedInputs(sample.inputs.clone(), sample.expert.clone(), torch.zeros(num_tokens, sample.top_k))
     places: dict[int, list[int]] = {}
     for i, key in enumerate(sample.record.tolist()):
         places.setdefault(key, []).append(i)
@@ -76,8 +77,8 @@ def moved_inputs(
             at = torch.tensor(places.get(keys[i], []), dtype=torch.int64)
             position = sample.position[at]
             moved.inputs[at] = routing.inputs[row, position].float()
-            moved.expert[at] = routing.logits[row, position].argmax(-1)
-            moved.gate[at] = (routing.gate * routing.dispatched)[row, position].float()
+            moved.expert[at] = routing.logits[row, position].argmax(-1, keepdim=True)
+            moved.gate[at] = (routing.gate * routing.dispatched)[row, position].float()[:, None]
 
     handle = family.routers(model)[layer].register_forward_hook(hook)
     try:
@@ -93,6 +94,5 @@ def moved_inputs(
 def install(sources: Sources, model: nn.Module, layer: str, members: tuple[int, ...], expert: Expert) -> None:
     """Give every member of a group the merged weights."""
     for member in members:
-        keys = sources.family.expert_keys(layer, member)
-        model.get_parameter(keys.wi).copy_(expert.wi)
-        model.get_parameter(keys.wo).copy_(expert.wo)
+        for key, values in zip(sources.family.expert_keys(layer, member), expert.tensors, strict=True):
+            model.get_parameter(key).copy_(values)

@@ -2,7 +2,7 @@
 
 from msmoe.checkpoint.reader import Checkpoint
 from msmoe.errors import UserError
-from msmoe.families.protocol import Expert, ExpertKeys, Family, MoELayer, Routing
+from msmoe.families.protocol import ExpertKeys, Family, MoELayer, Routing
 from msmoe.families.switch import SwitchFamily
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (SwitchFamily(),)}
@@ -35,4 +35,4 @@ def inspectable_family_of(checkpoint: Checkpoint) -> Family:
     raise UserError(f"{checkpoint.path} is of architecture {checkpoint.model_type!r}; supported: {', '.join(FAMILIES)}")
 
 
-__all__ = ["FAMILIES", "Expert", "ExpertKeys", "Family", "MoELayer", "Routing", "family_of", "inspectable_family_of"]
+__all__ = ["FAMILIES", "ExpertKeys", "Family", "MoELayer", "Routing", "family_of", "inspectable_family_of"]

@@ -12,21 +12,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from msmoe.checkpoint.reader import DTYPES, Checkpoint
+from msmoe.layer.stored import BIAS
 from msmoe.lowrank.shapes import FactorShape
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from msmoe.layer.routing import ExpertOutputs, Routed
+    from msmoe.layer.expert import Expert
+    from msmoe.layer.routing import ExpertOutputs, Routed, Router
 
 
 @dataclass(frozen=True)
 class MoELayer:
     """One MoE layer of a checkpoint, named by its module path.
 
+    An expert has two matrices, its front, all input matrices one below the other, and its output.
+
     Attributes:
-        dtypes: safetensors names of the dtypes of `wi` and `wo`; where the experts differ, of one that holds all.
+        dtypes: safetensors names of the dtypes of front and output; where the experts differ, of one that holds all.
+        roles: of an expert's weights, as `Expert.inputs` names them, and `output`, `output_bias`.
+        top_k: experts of a token.
     """
 
     name: str
@@ -34,36 +40,39 @@ class MoELayer:
     d_model: int
     d_ff: int
     dtypes: ExpertKeys
+    roles: tuple[str, ...] = ("wi", "output")
+    top_k: int = 1
+
+    @property
+    def front(self) -> str:
+        """Name of an expert's front."""
+        if "wi" in self.roles:
+            return "wi"
+        return "gate_up_proj" if "gate" in self.roles else "up_proj"
+
+    @property
+    def output(self) -> str:
+        """Name of an expert's output matrix."""
+        return "wo" if "wi" in self.roles else "down_proj"
+
+    @property
+    def matrices(self) -> tuple[str, str]:
+        return self.front, self.output
 
     def dtype(self, matrix: str) -> str:
-        """Safetensors dtype in which a stack of the experts' `wi` or `wo` holds every value."""
-        return getattr(self.dtypes, matrix)
+        """Safetensors dtype in which a stack of the experts' front or output holds every value."""
+        return self.dtypes[self.matrices.index(matrix)]
 
     def itemsize(self, matrix: str) -> int:
-        """Bytes of a value of `wi` or `wo`."""
+        """Bytes of a value of the front or the output."""
         return DTYPES[self.dtype(matrix)].itemsize
 
     def shape(self, matrix: str) -> tuple[int, int]:
-        """Outputs and inputs of `wi` or `wo`."""
-        return (self.d_ff, self.d_model) if matrix == "wi" else (self.d_model, self.d_ff)
-
-
-class Expert(NamedTuple):
-    """A ReLU feed-forward expert, y = wo relu(wi x): wi (F, D), wo (D, F)."""
-
-    wi: Tensor
-    wo: Tensor
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """Hidden activations (T, F) of inputs (T, D)."""
-        return (x @ self.wi.T).relu()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.hidden(x) @ self.wo.T
-
-    def permuted(self, permutation: Tensor) -> Expert:
-        """The same function with its hidden neurons in the order `permutation` (F,)."""
-        return Expert(self.wi[permutation], self.wo[:, permutation])
+        """Outputs and inputs of the front or the output."""
+        if matrix == self.output:
+            return self.d_model, self.d_ff
+        num_inputs = sum(role != "output" and not role.endswith(BIAS) for role in self.roles)
+        return num_inputs * self.d_ff, self.d_model
 
 
 class ExpertKeys(NamedTuple):
@@ -119,6 +128,10 @@ class Family(Protocol):
 
     def expert_keys(self, layer: str, expert: int) -> ExpertKeys:
         """Tensor names of one expert."""
+        ...
+
+    def router(self, checkpoint: Checkpoint, layer: str) -> Router | None:
+        """The router of a layer of any checkpoint, float32; None for one that cannot be asked without the model."""
         ...
 
     def router_key(self, layer: str) -> str:
@@ -232,6 +245,8 @@ def load_stored_expert(family: Family, checkpoint: Checkpoint, layer: str, index
     Raises:
         UserError: for NaN and infinite values, naming the tensor.
     """
+    from msmoe.layer.expert import switch_expert
+
     if checkpoint.model_type != family.compressed_model_type:
         return load_expert(family, checkpoint, layer, index)
     matrices = []
@@ -242,10 +257,12 @@ def load_stored_expert(family: Family, checkpoint: Checkpoint, layer: str, index
         *factors, rows = family.factor_keys(layer, matrix)
         u, v, s = (checkpoint.read_finite(name, index=index) for name in factors)
         matrices.append((u @ v).index_add(0, checkpoint.read(rows, index=index).long(), s))
-    return Expert(*matrices)
+    return switch_expert(*matrices)
 
 
 def load_expert(family: Family, checkpoint: Checkpoint, layer: str, expert: int) -> Expert:
     """One expert's weights in float32; NaN and infinite values raise `UserError` naming the tensor."""
+    from msmoe.layer.expert import switch_expert
+
     keys = family.expert_keys(layer, expert)
-    return Expert(checkpoint.read_finite(keys.wi), checkpoint.read_finite(keys.wo))
+    return switch_expert(checkpoint.read_finite(keys.wi), checkpoint.read_finite(keys.wo))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from msmoe.layer.routing import ExpertOutputs, Routed
+    from msmoe.layer.routing import ExpertOutputs, Routed, SoftmaxTop1
 
 ROUTER_SUFFIX = "mlp.router.classifier.weight"
 ROUTER_PATTERN = re.compile(rf"((encoder|decoder)\.block\.(\d+)\.layer\.\d+\.mlp){re.escape(ROUTER_SUFFIX[3:])}")
@@ -107,6 +107,13 @@ class SwitchFamily:
     def expert_keys(self, layer: str, expert: int) -> ExpertKeys:
         prefix = f"{layer}.experts.expert_{expert}"
         return ExpertKeys(f"{prefix}.wi.weight", f"{prefix}.wo.weight")
+
+    def router(self, checkpoint: Checkpoint, layer: str) -> SoftmaxTop1:
+        from msmoe.layer.routing import SoftmaxTop1
+
+        bias = self.router_bias_key(layer)
+        rows = checkpoint.read_finite(self.router_key(layer))
+        return SoftmaxTop1(rows, checkpoint.read_finite(bias) if bias in checkpoint else None)
 
     def router_key(self, layer: str) -> str:
         return f"{layer}.router.classifier.weight"

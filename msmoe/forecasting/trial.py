@@ -11,9 +11,11 @@ from torch import Tensor
 from msmoe.calibration.stats import LayerStats
 from msmoe.checkpoint import to_dtype
 from msmoe.compression.group import Sources, merge_one, routed_inputs
-from msmoe.compression.layer_errors import LayerFunction, Routed, read_layer, relative_errors, route, run_layer
-from msmoe.families import Expert, MoELayer
+from msmoe.compression.layer_errors import read_layer, relative_errors
+from msmoe.families import MoELayer
 from msmoe.formats.layout import Export
+from msmoe.layer.expert import Expert
+from msmoe.layer.layer import Layer
 from msmoe.layer.tokens import TokenSample
 from msmoe.merge import merge_group, refit_output
 from msmoe.merge.align import Alignment, Match, match
@@ -55,14 +57,13 @@ class Observed:
         sample: T tokens; weights: (T,) float64 calibration tokens that each one stands for; wanted: (T, D).
     """
 
-    def __init__(self, layer: LayerFunction, sample: TokenSample, stats: LayerStats):
+    def __init__(self, layer: Layer, sample: TokenSample, stats: LayerStats):
         self.sample, self.weights = sample, sample.weights(stats.dispatched)
-        self.wanted = run_layer(layer, Routed(sample.expert, sample.gate), sample.inputs)[0]
+        self.wanted = layer.run(sample.inputs, layer.route(sample, layer))
 
-    def change(self, compressed: LayerFunction, original: LayerFunction) -> Tensor:
+    def change(self, compressed: Layer, original: Layer) -> Tensor:
         """What compression adds to the output (T, D)."""
-        routed = route(compressed, original, self.sample)
-        return run_layer(compressed, routed, self.sample.inputs)[0] - self.wanted
+        return compressed.run(self.sample.inputs, compressed.route(self.sample, original)) - self.wanted
 
 
 class Trial:
@@ -81,6 +82,7 @@ class Trial:
         self.experts = [stored.expert(e) for e in range(layer.num_experts)]
         self.original = replace(stored, expert=self.experts.__getitem__)
         self.matches: dict[tuple[int, int], Match] = {}
+        self.given: dict[int, tuple[Tensor, Tensor]] = {}
         fitted, observe = self.stats.tokens(), lambda sample: Observed(self.original, sample, self.stats)
         self.fitted = observe(fitted)
         self.held_out = observe(held_out.drawn(tokens, layer.num_experts))
@@ -102,22 +104,20 @@ class Trial:
             num_targets=self.num_targets,
         )
 
-    def compressed(self, plan: Plan) -> LayerFunction:
+    def compressed(self, plan: Plan) -> Layer:
         """The layer as an `exact` export stores it."""
         layer_plan = plan.layers[self.layer.name]
         routes = layer_plan.routes(plan.parameters)
-        rows, bias = list(routes.rows), self.original.bias
-        wi_dtype, wo_dtype = (to_dtype(name) for name in self.layer.dtypes)
+        front_dtype, output_dtype = (to_dtype(name) for name in self.layer.dtypes)
         stored = [self.merged(plan, g) for g in layer_plan.stored_order]
-        stored = [Expert(e.wi.to(wi_dtype).float(), e.wo.to(wo_dtype).float()) for e in stored]
+        stored = [rounded(expert, front_dtype, output_dtype) for expert in stored]
         means = (
-            mean_output(self.stats)[list(routes.constants)].to(wo_dtype)
+            mean_output(self.stats)[list(routes.constants)].to(output_dtype)
             if routes.constants
             else self.original.constants
         )
-        return LayerFunction(
-            rows=self.original.rows[rows],
-            bias=None if bias is None else bias[rows],
+        return Layer(
+            router=self.original.router.keeping(routes.rows),
             targets=torch.tensor(routes.targets),
             num_stored=len(stored),
             expert=stored.__getitem__,
@@ -151,9 +151,31 @@ class Trial:
     def refit(self, merged: Expert, group: Group) -> Expert:
         """The merged expert with its output matrix solved for what the members gave."""
         sample = self.fitted.sample
-        mine = torch.isin(sample.expert, torch.tensor(group.members)).nonzero().flatten()
+        routed, gate = sample.among(torch.tensor(group.members))
+        mine = routed.any(1).nonzero().flatten()
+        targets = torch.zeros_like(sample.inputs)
+        for member in group.members:
+            targets.index_add_(0, *self.contribution(member))
         found = refit_output(
-            merged, sample.inputs[mine], sample.gate[mine], self.fitted.wanted[mine], self.fitted.weights[mine],
+            merged, sample.inputs[mine], gate[mine].sum(1), targets[mine], self.fitted.weights[mine],
             sample.held_out[mine],
         )  # fmt: skip
-        return Expert(merged.wi, found.wo)
+        return merged.with_output(found.output)
+
+    def contribution(self, member: int) -> tuple[Tensor, Tensor]:
+        """The fitted tokens of a member, their positions (T,), and what it adds to their outputs (T, D)."""
+        if member not in self.given:
+            rows, gate = self.fitted.sample.of(member)
+            self.given[member] = rows, self.experts[member](self.fitted.sample.inputs[rows]) * gate[:, None]
+        return self.given[member]
+
+
+def rounded(expert: Expert, inputs: torch.dtype, output: torch.dtype) -> Expert:
+    """An expert as it is stored, in float32 again.
+
+    Args:
+        inputs, output: dtypes of the input side and of the output side.
+    """
+    count = len(expert.inputs)
+    dtypes = (inputs if i < count else output for i in range(len(expert.tensors)))
+    return expert.like([t.to(dtype).float() for t, dtype in zip(expert.tensors, dtypes, strict=True)])

@@ -75,6 +75,6 @@ def reference_model(original: str | Path, compressed: str | Path) -> nn.Module:
             raise UserError(f"no stock model stands for {target.path}: {layer.name} has removed experts")
         stored = {g: load_stored_expert(family, target, layer.name, g) for g in set(mapping)}
         for e, g in enumerate(mapping):
-            for key, values in zip(family.expert_keys(layer.name, e), stored[g], strict=True):
+            for key, values in zip(family.expert_keys(layer.name, e), stored[g].tensors, strict=True):
                 model.get_parameter(key).copy_(values)
     return model

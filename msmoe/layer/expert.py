@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-BIAS = "_bias"  # what the name of a bias adds to that of its matrix
+from msmoe.layer.stored import BIAS
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,19 @@ class Activation:
         function: pre-activations (T, F), one for each input matrix in the order of `Expert.inputs` -> hidden (T, F).
         scales: the input matrix in which the hidden activation is positively homogeneous: its row times c > 0 gives c
             times the activation. "" where there is none.
+        is_linear: whether that also holds for c < 0.
     """
 
     name: str
     function: Callable[..., Tensor]
     scales: str = ""
+    is_linear: bool = False
+
+    def pull_back(self, pre_activations: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+        """Gradients at the pre-activations (T, F) each, of a gradient (T, F) at the hidden activations."""
+        with torch.enable_grad():
+            leaves = [z.detach().requires_grad_() for z in pre_activations]
+            return list(torch.autograd.grad(self.function(*leaves), leaves, gradient))
 
 
 RELU = Activation("relu", torch.relu, scales="wi")
@@ -65,18 +73,34 @@ class Expert:
         return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
     @property
+    def weights(self) -> dict[str, Tensor]:
+        """Every weight by role: the inputs in their order, `output`, and `output_bias` if there is one."""
+        bias = {} if self.output_bias is None else {"output" + BIAS: self.output_bias}
+        return {**self.inputs, "output": self.output, **bias}
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Every weight: inputs in their order, output, output bias if there is one."""
-        return (*self.inputs.values(), self.output, *(() if self.output_bias is None else (self.output_bias,)))
+        """Every weight, in the order of `weights`."""
+        return tuple(self.weights.values())
 
     @property
     def num_neurons(self) -> int:
         return self.output.shape[1]
 
     @property
+    def features(self) -> list[Tensor]:
+        """What belongs to a neuron: (F, D) of each input matrix, (F, D + 1) with its bias, and (F, D) of the output."""
+        biases = {role: self.inputs.get(role + BIAS) for role in self.matrices}
+        joined = [
+            matrix if (bias := biases[role]) is None else torch.cat([matrix, bias[:, None]], dim=1)
+            for role, matrix in self.matrices.items()
+        ]
+        return [*joined, self.output.T]
+
+    @property
     def neurons(self) -> Tensor:
-        """(F, N) everything that belongs to a neuron: its rows of the inputs, its biases and its column of the output."""
-        return torch.cat([t if t.ndim == 2 else t[:, None] for t in (*self.inputs.values(), self.output.T)], dim=1)
+        """(F, N) everything that belongs to a neuron."""
+        return torch.cat(self.features, dim=1)
 
     def pre_activations(self, x: Tensor) -> list[Tensor]:
         """What the activation is applied to, (T, F) for each input matrix, of inputs (T, D)."""
@@ -104,6 +128,11 @@ class Expert:
     def with_output(self, output: Tensor, bias: Tensor | None = None) -> Expert:
         """The same hidden neurons read out by another matrix, and bias where one is given."""
         return replace(self, output=output, output_bias=self.output_bias if bias is None else bias)
+
+    def with_front(self, front: Tensor) -> Expert:
+        """The same with other input matrices, given one below the other (N F, D)."""
+        matrices = dict(zip(self.matrices, front.split(self.num_neurons), strict=True))
+        return replace(self, inputs={**self.inputs, **matrices})
 
     def like(self, tensors: Sequence[Tensor]) -> Expert:
         """An expert of the same form with other weights, in the order of `tensors`."""

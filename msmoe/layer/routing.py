@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -57,8 +58,13 @@ class ExpertOutputs:
 
 
 class Router(Protocol):
-    """A router of one layer, to be asked about tokens without the model."""
+    """A router of one layer, to be asked about tokens without the model.
 
+    Attributes:
+        rows: (E, D) what logits are inner products with.
+    """
+
+    rows: Tensor
     num_experts: int
     top_k: int
 
@@ -72,6 +78,10 @@ class Router(Protocol):
 
     def keeping(self, rows: Sequence[int]) -> Router:
         """The router that is left with some of the rows, in the order given: it chooses among these."""
+        ...
+
+    def equals(self, other: Router) -> bool:
+        """Whether both are the same, bit for bit."""
         ...
 
 
@@ -102,3 +112,9 @@ class SoftmaxTop1:
     def keeping(self, rows: Sequence[int]) -> SoftmaxTop1:
         kept = list(rows)
         return SoftmaxTop1(self.rows[kept], None if self.bias is None else self.bias[kept])
+
+    def equals(self, other: Router) -> bool:
+        if not isinstance(other, SoftmaxTop1) or (self.bias is None) != (other.bias is None):
+            return False
+        same_bias = self.bias is None or other.bias is None or torch.equal(self.bias, other.bias)
+        return same_bias and torch.equal(self.rows, other.rows)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+BIAS = "_bias"  # what the name of a bias adds to that of its matrix
+
+
 @dataclass(frozen=True)
 class StoredPart:
     """A stored tensor, or a slice of the leading axis of one, that holds one or more weights of an expert.
@@ -41,7 +44,7 @@ class StoredPart:
     rows: int = 0
 
     def split(self, stored: Tensor) -> dict[str, Tensor]:
-        """The weights in a stored tensor, outputs first: (F, D) of inputs, (D, F) of the output, biases (F,) or (D,)."""
+        """The weights in a stored tensor, outputs first: inputs (F, D), output (D, F), biases (F,) or (D,)."""
         tensor = stored.mT if self.transposed and stored.ndim > 1 else stored
         count = len(self.roles)
         parts = [tensor[i::count] for i in range(count)] if self.interleaved else tensor.chunk(count)

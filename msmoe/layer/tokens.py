@@ -15,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-ROUNDS = 100  # of fitting inclusion probabilities, where tokens have several experts
+OPTIONAL = ("router_inputs", "chance")  # fields that may have no columns, and are then not stored
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class TokenSample:
         output_gradient: (S, D) float32 gradient of the log-likelihood with respect to the layer's output, NaN for
             tokens of records that it was not asked for; (S, 0) where it was not recorded.
         router_inputs: (S, D') float32, what the router saw; (S, 0) where that is `inputs`.
+        chance: (S, 1) float64 chance of a token to be sampled, up to a common factor; (S, 0) where a token has one
+            expert and it follows from counts. By default that of tokens which are all there.
     """
 
     inputs: "Tensor"
@@ -41,6 +43,11 @@ class TokenSample:
     key: "Tensor"
     output_gradient: "Tensor"
     router_inputs: "Tensor"
+    chance: "Tensor | None" = None
+
+    def __post_init__(self) -> None:
+        if self.chance is None:
+            object.__setattr__(self, "chance", self.inputs.double().new_ones(len(self.key), int(self.top_k > 1)))
 
     def __len__(self) -> int:
         return len(self.expert)
@@ -53,7 +60,13 @@ class TokenSample:
         """The sample of at most `size` tokens, in the order of the keys."""
         import torch
 
-        kept = self.select(torch.from_numpy(sample_mask(self.key.numpy(), self.expert.numpy(), num_experts, size)))
+        arrays = self.key.numpy(), self.expert.numpy()
+        if self.top_k == 1:
+            kept = self.select(torch.from_numpy(sample_mask(*arrays, num_experts, size)))
+        else:
+            mask, chance = draw(*arrays, num_experts, size)
+            chance = torch.minimum(self.chance, torch.from_numpy(chance)[:, None])
+            kept = replace(self, chance=chance).select(torch.from_numpy(mask))
         return kept.select(torch.from_numpy(np.lexsort((kept.position.numpy(), kept.record.numpy(), kept.key.numpy()))))
 
     @property
@@ -86,25 +99,19 @@ class TokenSample:
     def weights(self, dispatched: "Tensor") -> "Tensor":
         """(S,) float64: tokens of the calibration data that each sampled token stands for.
 
-        The inverse of the chance to be sampled, which is the largest of the chances that the token's experts give to
-        all of their tokens. These are the ones under which the tokens of each expert stand for all that were dispatched
-        to it: sampled by dispatched tokens with one expert per token, and fitted by iteration with several.
+        With one expert per token, dispatched by sampled tokens of the expert. With several, the inverse of `chance`,
+        scaled so that the sum is the number of tokens.
 
         Args:
             dispatched: (E,) dispatched tokens of each expert.
         """
         import torch
 
-        flat, count = self.expert.flatten(), dispatched.double()
-        sampled = torch.bincount(flat, minlength=len(dispatched)).clamp(min=1)
         if self.top_k == 1:
-            return (count / sampled)[flat]
-        count = count.clamp(min=1)
-        chance = sampled / count
-        for _ in range(ROUNDS):
-            stands_for = (1 / chance[self.expert].amax(1)).repeat_interleave(self.top_k)
-            chance = chance * (torch.bincount(flat, stands_for, minlength=len(count)) / count).sqrt().clamp(min=1e-3)
-        return 1 / chance[self.expert].amax(1)
+            sampled = torch.bincount(self.expert[:, 0], minlength=len(dispatched))
+            return (dispatched.double() / sampled.clamp(min=1))[self.expert[:, 0]]
+        weights = 1 / self.chance[:, 0]
+        return weights * (float(dispatched.sum()) / self.top_k / weights.sum().clamp(min=1e-300))
 
     @property
     def has_gradient(self) -> "Tensor":
@@ -125,13 +132,11 @@ class TokenSample:
         return TokenSample(*(torch.cat([getattr(s, f.name) for s in samples]) for f in fields(TokenSample)))
 
     def stored(self) -> "dict[str, Tensor]":
-        """The fields as they are stored: without an axis of one expert, and without router inputs where there are none."""
+        """The fields as they are stored: an axis of one expert and fields without columns are left out."""
         content = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.top_k == 1:
             content |= {name: content[name][:, 0] for name in ("expert", "gate")}
-        if not self.router_inputs.shape[1]:
-            del content["router_inputs"]
-        return content
+        return {name: t for name, t in content.items() if name not in OPTIONAL or t.shape[1]}
 
     @staticmethod
     def from_stored(content: "dict[str, Tensor]") -> "TokenSample":
@@ -154,27 +159,47 @@ def token_keys(records: np.ndarray, positions: np.ndarray, *, seed: int) -> np.n
 
 
 def sample_mask(keys: np.ndarray, expert: np.ndarray, num_experts: int, size: int) -> np.ndarray:
-    """Which tokens (T,) belong to a sample of at most `size`.
+    """Which tokens (T,) belong to a sample of at most `size`; arguments as of `draw`."""
+    if expert.shape[1] == 1 and len(keys) <= size:
+        return np.ones(len(keys), dtype=bool)
+    return draw(keys, expert, num_experts, size)[0]
+
+
+def draw(keys: np.ndarray, expert: np.ndarray, num_experts: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which tokens (T,) belong to a sample, and with which chance they had to (T,).
 
     Half of the places go to the smallest keys of each expert in equal shares, so that rarely used experts are
     represented; the others, and what an expert leaves of its share, to the smallest keys among the rest. The sample
     of a union is the sample of the parts' samples. For that to hold, a token in the shares of several experts takes
     a place of each of them: the sample is then smaller than `size`.
 
+    A token is in the sample if its key is at most the largest one among the rest, or in the share of one of its
+    experts. Of k keys below a threshold, uniform, the threshold times k / (k - 1) is the chance to be below it.
+
     Args:
         keys: (T,); expert: (T, K) int64.
     """
     num_tokens, top_k = expert.shape
-    if top_k == 1 and num_tokens <= size:
-        return np.ones(num_tokens, dtype=bool)
     share = size // 2 // num_experts
-    flat = expert.reshape(-1)
-    order = np.lexsort((np.repeat(keys, top_k), flat))
+    flat, repeated = expert.reshape(-1), np.repeat(keys, top_k)
+    order = np.lexsort((repeated, flat))
     starts = np.searchsorted(flat[order], np.arange(num_experts))
     rank = np.empty(len(flat), dtype=np.int64)
     rank[order] = np.arange(len(flat)) - starts[flat[order]]
     chosen = rank.reshape(num_tokens, top_k) < share
     mask = chosen.any(1)
     others = np.flatnonzero(~mask)
-    mask[others[np.argsort(keys[others], kind="stable")[: size - np.count_nonzero(chosen)]]] = True
-    return mask
+    room = size - np.count_nonzero(chosen)
+    rest = others[np.argsort(keys[others], kind="stable")[:room]]
+    mask[rest] = True
+
+    limits = np.where(np.bincount(flat, minlength=num_experts) < share, 1.0, 0.0)
+    last = rank == share - 1
+    limits[flat[last]] = chance_below(repeated[last], share)
+    of_rest = 1.0 if len(rest) < room else chance_below(keys[rest].max(), room) if room else 0.0
+    return mask, np.maximum(limits[expert].max(1), of_rest)
+
+
+def chance_below(threshold: np.ndarray, count: int) -> np.ndarray:
+    """Chance of a key to be at most a threshold, which is the largest of `count` keys."""
+    return np.minimum(threshold.astype(np.float64) / 2.0**63 * count / max(count - 1, 0.5), 1.0)

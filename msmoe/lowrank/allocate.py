@@ -1,6 +1,6 @@
 """Spend a budget of bytes on ranks and kept rows of many matrices so that the summed output error is smallest.
 
-Every matrix stack (one layer, `wi` or `wo`) has a curve: error against bytes, read off its decomposition. On the
+Every matrix stack (one layer, front or output) has a curve: error against bytes, read off its decomposition. On the
 lower convex hulls of the curves the best allocation for any budget follows from one price per byte, found by taking
 the steepest steps of all hulls first (Lagrangian relaxation, exact at the corners). What is left of the budget then
 goes to the best single exchanges, also off the hulls. Errors of different matrices are taken to add up.

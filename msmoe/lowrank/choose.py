@@ -1,6 +1,7 @@
 """Ranks and numbers of kept rows of every matrix: fixed, by energy, or the best that a budget of bytes buys."""
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 from msmoe.checkpoint import Checkpoint
 from msmoe.compression.factor_layout import factor_layout
 from msmoe.errors import UserError
-from msmoe.families.protocol import MATRICES, MoELayer
+from msmoe.families.protocol import MoELayer
 from msmoe.files import explain_os_errors
 from msmoe.lowrank.allocate import Option, allocate, curve
 from msmoe.lowrank.decompose import Decomposition
@@ -24,7 +25,7 @@ def fixed_shapes(options: FactorOptions, layers: Sequence[tuple[MoELayer, int]])
     shapes: dict[str, LayerFactors] = {}
     for layer, _ in layers:
         shapes[layer.name] = {}
-        for matrix in MATRICES:
+        for matrix in layer.matrices:
             num_outputs, num_inputs = layer.shape(matrix)
             shape = FactorShape(options.rank, round(options.keep_rows * num_outputs))
             if shape.saves(num_outputs, num_inputs, layer.itemsize(matrix)):
@@ -96,8 +97,12 @@ def energy_rank(decomposition: Decomposition, energy: float) -> int:
 
 
 def expert_bytes(layers: Sequence[tuple[MoELayer, int]]) -> int:
-    """Bytes of the stored experts of some layers, dense."""
-    return sum(count * layer.d_model * layer.d_ff * layer.itemsize(m) for layer, count in layers for m in MATRICES)
+    """Bytes of the matrices of the stored experts of some layers, dense."""
+    return sum(
+        count * math.prod(layer.shape(matrix)) * layer.itemsize(matrix)
+        for layer, count in layers
+        for matrix in layer.matrices
+    )
 
 
 def check_budget(
@@ -115,9 +120,9 @@ def check_budget(
     """
     budget, smallest = options.budget(source.num_bytes), others
     for layer, count in layers:
-        for matrix in MATRICES:
+        for matrix in layer.matrices:
             itemsize = layer.itemsize(matrix)
-            dense = layer.d_model * layer.d_ff * itemsize
+            dense = math.prod(layer.shape(matrix)) * itemsize
             smallest += count * min(FactorShape(1, 0).num_bytes(*layer.shape(matrix), itemsize), dense)
     if budget < smallest:
         raise UserError(

@@ -1,14 +1,16 @@
 """Factorise the experts of one layer, as many at once as a worker's memory allows.
 
-Decompose `wi` and `wo` with what the experts saw, truncate `wi`, solve `wo` again for the hidden activations that the
-truncated `wi` gives, truncate `wo`.
+An expert is its front, all input matrices one below the other, and its output matrix. Decompose both with what the
+experts saw, truncate the front, solve the output again for the hidden activations that this gives, truncate it. Biases
+stay as they are.
 
-Shapes: C experts at once, T sampled tokens of an expert, D d_model, F d_ff.
+Shapes: C experts at once, T sampled tokens of an expert, D d_model, F d_ff, N input matrices.
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +20,9 @@ from torch import Tensor
 
 from msmoe.calibration.stats import Stats
 from msmoe.checkpoint import Checkpoint, to_dtype
-from msmoe.families.protocol import MATRICES, Expert, Family, MoELayer, load_stored_expert
+from msmoe.families.protocol import Family, MoELayer, load_stored_expert
 from msmoe.files import explain_os_errors, sync
+from msmoe.layer.expert import Expert
 from msmoe.layer.tokens import TokenSample
 from msmoe.lowrank.decompose import Decomposition, decompose
 from msmoe.lowrank.factors import Factors, truncate
@@ -76,15 +79,16 @@ class FactorSources:
         sample: TokenSample = stats.tokens()
         weights, held_out, expert, gate = sample.weights(stats.dispatched), sample.held_out, sample.expert, sample.gate
         if len(mapping) < stats.num_experts:
-            rows, bias = self.checkpoint.read_finite(self.family.router_key(layer)), self.family.router_bias_key(layer)
-            logits = sample.inputs @ rows.T
-            logits = logits + self.checkpoint.read_finite(bias) if bias in self.checkpoint else logits
-            gate, expert = logits.softmax(-1).max(-1)
-        stored = mapping[expert]
-        return [
-            ExpertTokens(sample.inputs[mine], gate[mine], weights[mine], held_out[mine])
-            for mine in (stored == g for g in range(int(mapping.max()) + 1))
-        ]
+            router = self.family.router(self.checkpoint, layer)
+            assert router is not None
+            expert, gate = router(sample.routed_on)
+        routed = replace(sample, expert=mapping[expert], gate=gate)
+        found = []
+        for g in range(int(mapping.max()) + 1):  # choices of a token may meet in one stored expert: weights add up
+            mine, gates = routed.among(torch.tensor([g]))
+            rows = mine[:, 0]
+            found.append(ExpertTokens(sample.inputs[rows], gates[rows, 0], weights[rows], held_out[rows]))
+        return found
 
 
 def decompose_layer(
@@ -93,14 +97,14 @@ def decompose_layer(
     """Decompositions of a layer's stacks; kept in `scratch`, as far as any storable rank needs them."""
     file = scratch / f"{layer.name}.safetensors" if scratch else None
     if file and file.exists():
-        stored = load_file(file)
-        return {m: Decomposition(*(stored[f"{m}/{name}"] for name in Decomposition.__annotations__)) for m in MATRICES}
+        stored, names = load_file(file), Decomposition.__annotations__
+        return {m: Decomposition(*(stored[f"{m}/{name}"] for name in names)) for m in layer.matrices}
     tokens = sources.tokens(layer.name)
-    parts: dict[str, list[Decomposition]] = {matrix: [] for matrix in MATRICES}
+    parts: dict[str, list[Decomposition]] = {matrix: [] for matrix in layer.matrices}
     for chunk in chunks(layer, count):
         experts = [load_stored_expert(sources.family, sources.checkpoint, layer.name, g) for g in chunk]
         seen = look(experts, [tokens[g] for g in chunk]) if tokens else None
-        pair = zip(MATRICES, decompose_experts(experts, seen, svd=sources.options.svd or "plain"), strict=True)
+        pair = zip(layer.matrices, decompose_experts(experts, seen, svd=sources.options.svd or "plain"), strict=True)
         for matrix, decomposition in pair:
             limit = largest_rank(*layer.shape(matrix), layer.itemsize(matrix))
             parts[matrix].append(decomposition.cut(max(limit, 1)))
@@ -120,7 +124,7 @@ def decompose_layer(
 
 def chunks(layer: MoELayer, count: int) -> Iterator[range]:
     """The experts of a layer, as many at once as a worker's memory allows; the same on every machine."""
-    size = max(1, CHUNK_VALUES // (2 * layer.d_model * layer.d_ff))
+    size = max(1, CHUNK_VALUES // sum(math.prod(layer.shape(matrix)) for matrix in layer.matrices))
     return (range(start, min(start + size, count)) for start in range(0, count, size))
 
 
@@ -132,34 +136,39 @@ def look(experts: Sequence[Expert], tokens: Sequence[ExpertTokens]) -> list[Seen
 def decompose_experts(
     experts: Sequence[Expert], seen: Sequence[Seen] | None, *, svd: str
 ) -> tuple[Decomposition, Decomposition]:
-    """Decompositions of `wi` and `wo` of several experts at once."""
-    wi, wo = torch.stack([e.wi for e in experts]), torch.stack([e.wo for e in experts])
+    """Decompositions of front and output of several experts at once."""
+    front, output = torch.stack([e.front for e in experts]), torch.stack([e.output for e in experts])
     if svd == "plain" or seen is None:
-        return decompose(wi), decompose(wo)
+        return decompose(front), decompose(output)
     inputs = [tokens.inputs * tokens.scale for tokens, _ in seen]
     hidden = [activations * tokens.scale for tokens, activations in seen]
-    scales = [output_sensitivity(e, h, tokens.scale) for e, h, (tokens, _) in zip(experts, hidden, seen, strict=True)]
-    return decompose(wi, inputs, row_scale=torch.stack(scales)), decompose(wo, hidden)
+    scales = [output_sensitivity(e, tokens.inputs, tokens.scale) for e, (tokens, _) in zip(experts, seen, strict=True)]
+    return decompose(front, inputs, row_scale=torch.stack(scales)), decompose(output, hidden)
 
 
-def output_sensitivity(expert: Expert, hidden: Tensor, scale: Tensor) -> Tensor:
-    """(F,) how much an error of each hidden pre-activation moves the output, root mean square over the tokens.
+def output_sensitivity(expert: Expert, inputs: Tensor, scale: Tensor) -> Tensor:
+    """(N F,) how much an error of each pre-activation moves the output, root mean square over the tokens.
 
-    The norm of the neuron's column of `wo`, times the root of the (weighted) share of tokens that switch it on.
+    The norm of the neuron's output column, times the root of the (weighted) mean square of the activation's slope; for
+    ReLU the share of tokens that switch the neuron on.
 
     Args:
-        hidden: (T, F) activations, weighted; scale: (T, 1) the weights.
+        inputs: (T, D); scale: (T, 1) the weights.
     """
-    total = scale.square().sum()
-    active = ((hidden > 0) * scale.square()).sum(0) / total if total > 0 else torch.ones(hidden.shape[1])
-    sensitivity = expert.wo.norm(dim=0) * active.sqrt()
+    total, pre_activations = scale.square().sum(), expert.pre_activations(inputs)
+    slopes = expert.activation.pull_back(pre_activations, torch.ones_like(pre_activations[0]))
+    norm, parts = expert.output.norm(dim=0), []
+    for slope in slopes:
+        square = (slope.square() * scale.square()).sum(0) / total if total > 0 else torch.ones_like(norm)
+        parts.append(norm * square.sqrt())
+    sensitivity = torch.cat(parts)
     mean = sensitivity.mean()
     return sensitivity.clamp(min=LEAST_SENSITIVITY * float(mean)) if mean > 0 else torch.ones_like(sensitivity)
 
 
 @dataclass(frozen=True)
 class FactorizedExpert:
-    """The stored form of one expert, factors or a dense matrix for `wi` and for `wo`, and what it cost."""
+    """The stored form of one expert, factors or a dense matrix for front and output, and what it cost."""
 
     stored: dict[str, Factors | Tensor]
     reports: list[MatrixReport]
@@ -178,13 +187,16 @@ def factorize_layer(
         seen = look(experts, [tokens[g] for g in chunk]) if tokens else None
         if cached:
             at = slice(chunk.start, chunk.stop)
-            parts = {m: Decomposition(*(t[at] for t in vars(cached[m]).values())) for m in MATRICES}
+            parts = {m: Decomposition(*(t[at] for t in vars(cached[m]).values())) for m in layer.matrices}
         else:
-            parts = dict(zip(MATRICES, decompose_experts(experts, seen, svd=options.svd or "plain"), strict=True))
+            pair = decompose_experts(experts, seen, svd=options.svd or "plain")
+            parts = dict(zip(layer.matrices, pair, strict=True))
         done = factorize_experts(experts, seen, parts, shapes, options, dtypes_of(layer))
-        held = {m: parts[m].captured(shapes[m].rank).tolist() if m in shapes else [1.0] * len(chunk) for m in MATRICES}
+        held = {
+            m: parts[m].captured(shapes[m].rank).tolist() if m in shapes else [1.0] * len(chunk) for m in layer.matrices
+        }
         for i, (g, (stored, after, refit)) in enumerate(zip(chunk, done, strict=True)):
-            energy = {matrix: held[matrix][i] for matrix in MATRICES}
+            energy = {matrix: held[matrix][i] for matrix in layer.matrices}
             about = seen[i] if seen and len(seen[i].tokens.inputs) else None
             reports = matrix_reports(layer, g, experts[i], after, about, shapes, energy, refit)
             results.append(FactorizedExpert(stored, reports))
@@ -192,8 +204,8 @@ def factorize_layer(
 
 
 def dtypes_of(layer: MoELayer) -> dict[str, torch.dtype]:
-    """Dtypes in which the stacks of a layer are stored."""
-    return {matrix: to_dtype(layer.dtype(matrix)) for matrix in MATRICES}
+    """Dtypes in which the stacks of a layer are stored, the front's first."""
+    return {matrix: to_dtype(layer.dtype(matrix)) for matrix in layer.matrices}
 
 
 def factorize_experts(
@@ -204,10 +216,13 @@ def factorize_experts(
     options: FactorOptions,
     dtypes: dict[str, torch.dtype],
 ) -> list[tuple[dict[str, Factors | Tensor], Expert, Refit | None]]:
-    """Truncate `wi`, solve `wo` again for what that gives, truncate `wo`.
+    """Truncate the front, solve the output again for what that gives, truncate the output.
+
+    Args:
+        decompositions, dtypes: of the front and of the output, by their names in the layer, in this order.
 
     Returns:
-        per expert what is stored, the expert that it stands for, and how `wo` was solved again.
+        per expert what is stored, the expert that it stands for, and how the output was solved again.
     """
 
     def truncated(matrix: str, weights: Tensor) -> tuple[list[Factors | Tensor], Tensor]:
@@ -217,23 +232,28 @@ def factorize_experts(
         factors = truncate(weights, decompositions[matrix], shapes[matrix], row_score=options.row_score, dtype=dtype)
         return [Factors(*parts) for parts in zip(*factors, strict=True)], factors.dense()
 
-    wi, wi_dense = truncated("wi", torch.stack([e.wi for e in experts]))
+    front_name, output_name = dtypes
+    fronts, fronts_dense = truncated(front_name, torch.stack([e.front for e in experts]))
+    approximate = [expert.with_front(front) for expert, front in zip(experts, fronts_dense, strict=True)]
     refits: list[Refit | None] = [None] * len(experts)
     if options.refit and seen is not None:
         refits = [
             refit_output(
-                Expert(approximate, expert.wo),
+                changed,
                 tokens.inputs,
                 tokens.gate,
-                (hidden @ expert.wo.T).mul_(tokens.gate[:, None]),
+                expert.read_out(hidden).mul_(tokens.gate[:, None]),
                 tokens.weights,
                 tokens.held_out,
             )
-            for approximate, expert, (tokens, hidden) in zip(wi_dense, experts, seen, strict=True)
+            for changed, expert, (tokens, hidden) in zip(approximate, experts, seen, strict=True)
         ]
-    wanted = torch.stack([refit.wo if refit else e.wo for refit, e in zip(refits, experts, strict=True)])
-    wo, wo_dense = truncated("wo", wanted)
-    return [({"wi": wi[i], "wo": wo[i]}, Expert(wi_dense[i], wo_dense[i]), refits[i]) for i in range(len(experts))]
+    wanted = torch.stack([refit.output if refit else e.output for refit, e in zip(refits, experts, strict=True)])
+    outputs, outputs_dense = truncated(output_name, wanted)
+    return [
+        ({front_name: fronts[i], output_name: outputs[i]}, changed.with_output(outputs_dense[i]), refits[i])
+        for i, changed in enumerate(approximate)
+    ]
 
 
 def relative_error(before: Tensor, after: Tensor, scale: Tensor) -> float | None:
@@ -252,16 +272,17 @@ def matrix_reports(
     energy: dict[str, float],
     refit: Refit | None,
 ) -> list[MatrixReport]:
-    """What factorising one expert cost, for `wi` and for `wo`."""
-    errors: dict[str, float | None] = dict.fromkeys(MATRICES)
+    """What factorising one expert cost, for front and output."""
+    errors: dict[str, float | None] = dict.fromkeys(layer.matrices)
     if seen is not None:
         tokens, hidden = seen
         now = after.hidden(tokens.inputs)
-        errors["wi"] = relative_error(hidden, now, tokens.scale)
-        errors["wo"] = relative_error(hidden @ before.wo.T, now @ after.wo.T, tokens.scale)
+        errors[layer.front] = relative_error(hidden, now, tokens.scale)
+        errors[layer.output] = relative_error(before.read_out(hidden), after.read_out(now), tokens.scale)
     reports = []
-    for matrix in MATRICES:
-        shape, old, new = shapes.get(matrix), getattr(before, matrix), getattr(after, matrix)
+    pairs = (before.front, after.front), (before.output, after.output)
+    for matrix, (old, new) in zip(layer.matrices, pairs, strict=True):
+        shape = shapes.get(matrix)
         reports.append(
             MatrixReport(
                 layer=layer.name,
@@ -274,7 +295,7 @@ def matrix_reports(
                 energy=energy[matrix],
                 weight_error=float((old - new).norm() / old.norm().clamp(min=1e-30)),
                 output_error=errors[matrix],
-                refit=refit.describe() if refit and matrix == "wo" else None,
+                refit=refit.describe() if refit and matrix == layer.output else None,
             )
         )
     return reports

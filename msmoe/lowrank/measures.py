@@ -14,15 +14,16 @@ class MatrixReport:
     """One matrix of one stored expert.
 
     Attributes:
-        layer, expert, matrix: which; `matrix` is `wi` or `wo`.
+        layer, expert, matrix: which; `matrix` is the layer's name for the front, all input matrices together, or for
+            the output matrix: `wi` or `wo`.
         rank, num_rows: as stored; None for a matrix that stayed dense.
         break_even_rank: up to which factors with these rows take no more multiplications than the dense matrix.
         stable_rank: |W|_F^2 / |W|_2^2 of the matrix before it was factorised.
         energy: share of the squared singular values, as they were weighted, that the rank holds.
-        weight_error: |W - W'|_F / |W|_F; after a refit of `wo` it contains the refit's change.
-        output_error: |y - y'|^2 / |y|^2 on the calibration tokens, of hidden activations for `wi`, of the whole
-            expert, weighted by its gate, for `wo`; None without tokens.
-        refit: how `wo` was solved again, see `msmoe.merge.Refit`; None where it was not.
+        weight_error: |W - W'|_F / |W|_F; after a refit of the output it contains the refit's change.
+        output_error: |y - y'|^2 / |y|^2 on the calibration tokens, of hidden activations for the front, of the
+            whole expert, weighted by its gate, for the output; None without tokens.
+        refit: how the output was solved again, see `msmoe.merge.Refit`; None where it was not.
         stable_rank_before: mean over the experts that were merged into this one; None if not asked for.
     """
 

@@ -32,7 +32,7 @@ def break_even_rank(num_outputs: int, num_inputs: int, num_rows: int) -> int:
     return (num_outputs - num_rows) * num_inputs // (num_outputs + num_inputs)
 
 
-LayerFactors = dict[str, FactorShape]  # `wi`, `wo` -> shape of its factors; a matrix not named is dense
+LayerFactors = dict[str, FactorShape]  # front, output -> shape of its factors; a matrix not named is dense
 
 
 def largest_rank(num_outputs: int, num_inputs: int, itemsize: int) -> int:

@@ -1,19 +1,20 @@
 """Neuron alignment: find the order of an expert's hidden neurons that lines it up with a reference, and apply it.
 
 Weight matching is Git Re-Basin's (arXiv 2209.04836, section 3.2), exact here because an expert has one hidden axis;
-activation matching correlates hidden units over tokens. ReLU neurons can also be scaled to a canonical form first.
+activation matching correlates hidden units over tokens. Where an activation allows it, neurons can also be scaled to a
+canonical form first.
 
 Shapes: M members, T tokens, F d_ff, D d_model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from msmoe.families import Expert
+from msmoe.layer.expert import BIAS, Expert
 
 TINY = 1e-30
 Alignment = Literal["weight", "activation", "ream", "none"]
@@ -59,21 +60,25 @@ def match_cost(cost: Tensor) -> Match:
 
 
 def weight_cost(reference: Expert, target: Expert) -> Tensor:
-    """Inner products (F, F) between neurons, over both matrices: wi_ref wi^T + wo_ref^T wo."""
-    cost = reference.wi @ target.wi.T
-    return cost.addmm_(reference.wo.T, target.wo)
+    """Inner products (F, F) between neurons, over all that belongs to them: wi_ref wi^T + wo_ref^T wo."""
+    (first, other), *rest = zip(reference.features, target.features, strict=True)
+    cost = first @ other.T
+    for one, another in rest:
+        cost.addmm_(one, another.T)
+    return cost
 
 
 def match_weights(reference: Expert, target: Expert) -> Match:
     """Find the neuron order of `target` that lines it up best with `reference`.
 
-    Maximises <W_ref, P W_tgt> over permutations P of the hidden axis, over both matrices.
+    Maximises <W_ref, P W_tgt> over permutations P of the hidden axis, over all matrices.
 
     Raises:
-        ValueError: if the two experts differ in shape.
+        ValueError: if the two experts differ in form or shape.
     """
-    if reference.wi.shape != target.wi.shape or reference.wo.shape != target.wo.shape:
-        raise ValueError(f"experts differ in shape: {tuple(reference.wi.shape)} and {tuple(target.wi.shape)}")
+    shapes = [{role: tuple(tensor.shape) for role, tensor in expert.weights.items()} for expert in (reference, target)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"experts differ in shape: {shapes[0]} and {shapes[1]}")
     return match_cost(weight_cost(reference, target))
 
 
@@ -87,7 +92,7 @@ def match_activations(reference: Expert, target: Expert, inputs: Tensor) -> Matc
         inputs: (T, D) tokens routed to either expert.
     """
     if len(inputs) < 2:
-        return Match(torch.arange(len(reference.wi)), 0.0, 0.0)
+        return Match(torch.arange(reference.num_neurons), 0.0, 0.0)
     hidden = standardise(reference.hidden(inputs)), standardise(target.hidden(inputs))
     correlation = hidden[0].T @ hidden[1]
     match = match_cost(correlation)
@@ -112,13 +117,13 @@ def match_ream(reference: Expert, target: Expert, inputs: Tensor) -> Match:
     Args:
         inputs: (T, D) tokens routed to either expert.
     """
-    weights = [torch.cat([expert.wi, expert.wo.T], dim=1) for expert in (reference, target)]
+    weights = [expert.neurons for expert in (reference, target)]
     weights = torch.cat([w / w.norm(dim=1, keepdim=True).clamp(min=TINY) for w in weights])
     centred = weights - weights.mean(0)
     _, vectors = torch.linalg.eigh((centred.T @ centred).double())
     components = centred @ vectors[:, -NUM_COMPONENTS:].float()
     components = components / components.norm(dim=1, keepdim=True).clamp(min=TINY)
-    num_neurons = len(reference.wi)
+    num_neurons = reference.num_neurons
     distance = torch.cdist(components[:num_neurons], components[num_neurons:])
     if len(inputs):
         hidden = [expert.hidden(inputs) for expert in (reference, target)]
@@ -128,14 +133,27 @@ def match_ream(reference: Expert, target: Expert, inputs: Tensor) -> Match:
 
 
 def canonical_scale(expert: Expert) -> Expert:
-    """Scale every ReLU neuron so that its rows of wi and wo^T have equal norm; the function does not change.
+    """Scale every neuron so that its row of an input matrix and its output column have equal norm.
 
-    relu(c z) = c relu(z) for c > 0, so wi_j c and wo_j / c give the same output. A neuron with a zero side is left.
+    relu(c z) = c relu(z) for c > 0, so wi_j c and wo_j / c give the same output; likewise for the matrix that the
+    activation of other experts is homogeneous in, whose bias is scaled with it. Where it is linear, c has the sign that
+    makes the largest entry of the row positive. The function does not change. A neuron with a zero side is left.
+
+    Raises:
+        ValueError: if the activation is homogeneous in no matrix.
     """
-    norm_in, norm_out = expert.wi.norm(dim=1), expert.wo.norm(dim=0)
+    role = expert.activation.scales
+    if not role:
+        raise ValueError(f"neurons with the activation {expert.activation.name} have no scale to make canonical")
+    norm_in, norm_out = expert.inputs[role].norm(dim=1), expert.output.norm(dim=0)
     scale = torch.where((norm_in > 0) & (norm_out > 0), (norm_out / norm_in.clamp(min=1e-30)).sqrt(), 1.0)
     scale = torch.where(scale > 0, scale, 1.0)
-    return Expert(expert.wi * scale[:, None], expert.wo / scale)
+    if expert.activation.is_linear:
+        largest = expert.inputs[role].gather(1, expert.inputs[role].abs().argmax(1, keepdim=True))[:, 0]
+        scale = torch.where(largest < 0, -scale, scale)
+    scaled = {name: expert.inputs[name] for name in (role, role + BIAS) if name in expert.inputs}
+    scaled = {name: tensor * (scale[:, None] if tensor.ndim == 2 else scale) for name, tensor in scaled.items()}
+    return replace(expert, inputs={**expert.inputs, **scaled}, output=expert.output / scale)
 
 
 def match(reference: Expert, target: Expert, *, alignment: Alignment, inputs: Tensor | None = None) -> Match:
@@ -145,7 +163,7 @@ def match(reference: Expert, target: Expert, *, alignment: Alignment, inputs: Te
     if alignment in ("activation", "ream"):
         assert inputs is not None
         return (match_activations if alignment == "activation" else match_ream)(reference, target, inputs)
-    return Match(torch.arange(len(reference.wi)), 0.0, 0.0)
+    return Match(torch.arange(reference.num_neurons), 0.0, 0.0)
 
 
 def standardise(hidden: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from msmoe.families import Expert
+from msmoe.layer.expert import Expert
 from msmoe.merge.align import Alignment, Match, canonical_scale, match
 
 
@@ -52,11 +52,11 @@ def merge_group(
     )
     for (member, aligned, found), weight in zip(aligned_members, weights, strict=True):
         if total is None:
-            total = Expert(torch.zeros_like(aligned.wi), torch.zeros_like(aligned.wo))
+            total = aligned.map(torch.zeros_like)
         if found is not None:
             matches[member] = found
-        total.wi.add_(aligned.wi, alpha=weight)
-        total.wo.add_(aligned.wo, alpha=weight)
+        for tensor, added in zip(total.tensors, aligned.tensors, strict=True):
+            tensor.add_(added, alpha=weight)
     assert total is not None
     return MergedGroup(total, matches)
 

@@ -1,6 +1,6 @@
 """Fisher-weighted averaging (arXiv 2111.09832): W* = sum_e F_e W_e / sum_e F_e, entry by entry.
 
-F_e is the diagonal Fisher information of an expert's two matrices: squared gradients of the log-likelihood, summed
+F_e is the diagonal Fisher information of an expert's weights: squared gradients of the log-likelihood, summed
 over single tokens taken as independent examples. Squares come before the sum: the square of a summed gradient is
 another quantity, and far from it. The gradient carries the gate and the sum carries the traffic, so usage does not
 enter a second time.
@@ -13,18 +13,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from msmoe.families import Expert
+from msmoe.layer.expert import BIAS, Expert
 
 BLOCK = 512
 TINY = 1e-300
 
 
 def expert_fisher(expert: Expert, inputs: Tensor, gate: Tensor, output_gradient: Tensor, weights: Tensor) -> Expert:
-    """Sum the squared per-token gradients of an expert's matrices.
+    """Sum the squared per-token gradients of an expert's weights.
 
-    The layer's output is g wo relu(wi x). With delta the gradient of the log-likelihood with respect to it, a token
-    has gradients g delta h^T in wo and dh x^T in wi, where dh = g (wo^T delta) [h > 0]. Both are outer products: their
-    squares sum up in one matrix product per matrix. The gate is taken as a constant.
+    The layer's output is g wo h with h = act(z), z = wi x. With delta the gradient of the log-likelihood with respect
+    to it, a token has gradients g delta h^T in wo and dz x^T in wi, where dz = g (wo^T delta) dh/dz, [z > 0] for ReLU.
+    Both are outer products: their squares sum up in one matrix product per matrix. Biases have the gradients dz and
+    g delta. The gate is taken as a constant.
 
     Args:
         expert: float32.
@@ -34,17 +35,23 @@ def expert_fisher(expert: Expert, inputs: Tensor, gate: Tensor, output_gradient:
         weights: (T,) tokens that each one stands for.
 
     Returns:
-        The Fisher of wi (F, D) and of wo (D, F), float64, in the neuron order of `expert`; zeros without tokens.
+        The Fisher of every weight, float64, in the neuron order of `expert`; zeros without tokens.
     """
-    fisher = Expert(*(torch.zeros_like(matrix, dtype=torch.float64) for matrix in expert))
+    fisher = expert.map(lambda weight: torch.zeros_like(weight, dtype=torch.float64))
     scale = (gate * weights.sqrt()).to(inputs.dtype)
     blocks = (tensor.split(BLOCK) for tensor in (inputs, output_gradient, scale))
     for x_TD, gradient_TD, scale_T in zip(*blocks, strict=True):
         delta_TD = gradient_TD * scale_T[:, None]
-        h_TF = expert.hidden(x_TD)
-        dh_TF = (delta_TD @ expert.wo).masked_fill_(h_TF <= 0, 0.0)
-        fisher.wo.add_(delta_TD.square().T @ h_TF.square_())
-        fisher.wi.add_(dh_TF.square_().T @ x_TD.square())
+        z = expert.pre_activations(x_TD)
+        slopes = expert.activation.pull_back(z, delta_TD @ expert.output)
+        fisher.output.add_(delta_TD.square().T @ expert.activation.function(*z).square())
+        if fisher.output_bias is not None:
+            fisher.output_bias.add_(delta_TD.square().sum(0))
+        for role, dz_TF in zip(expert.matrices, slopes, strict=True):
+            square_TF = dz_TF.square()
+            fisher.inputs[role].add_(square_TF.T @ x_TD.square())
+            if role + BIAS in fisher.inputs:
+                fisher.inputs[role + BIAS].add_(square_TF.sum(0))
     return fisher
 
 
@@ -54,7 +61,7 @@ def fisher_average(
     """Average aligned experts, each entry by the members' Fisher information.
 
     A floor pulls every entry to the weighted average: W* = (sum F_e W_e + c sum w_e W_e) / (sum F_e + c), where c is
-    `floor` times the mean, over the entries of the matrix, of sum F_e. Where no member has any Fisher the result is
+    `floor` times the mean, over the entries of the weight, of sum F_e. Where no member has any Fisher the result is
     the weighted average; elsewhere `weights` hardly count, and the scale of the Fishers never does.
 
     Args:
@@ -65,19 +72,17 @@ def fisher_average(
     Returns:
         The merged expert, in the members' dtype, and the share of its entries whose summed Fisher is at most c.
     """
-    matrices = [
-        _average_matrix(matrices, informations, weights, floor)
-        for matrices, informations in zip(zip(*members, strict=True), zip(*fishers, strict=True), strict=True)
-    ]
-    num_entries = sum(at_floor.numel() for _, at_floor in matrices)
-    num_at_floor = sum(int(at_floor.sum()) for _, at_floor in matrices)
-    return Expert(*(matrix for matrix, _ in matrices)), num_at_floor / num_entries
+    stacks = (zip(*(expert.tensors for expert in experts), strict=True) for experts in (members, fishers))
+    averaged = [_average_matrix(*tensors, weights, floor) for tensors in zip(*stacks, strict=True)]
+    num_entries = sum(at_floor.numel() for _, at_floor in averaged)
+    num_at_floor = sum(int(at_floor.sum()) for _, at_floor in averaged)
+    return members[0].like([tensor for tensor, _ in averaged]), num_at_floor / num_entries
 
 
 def _average_matrix(
     matrices: Sequence[Tensor], fishers: Sequence[Tensor], weights: Sequence[float], floor: float
 ) -> tuple[Tensor, Tensor]:
-    """The average of one of the two matrices, and a mask of its entries at the floor."""
+    """The average of one of the weights, and a mask of its entries at the floor."""
     average = weighted_average(matrices, weights)
     total, moved = torch.zeros_like(average), torch.zeros_like(average)
     for matrix, fisher in zip(matrices, fishers, strict=True):

@@ -17,13 +17,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from msmoe.families import Expert
+from msmoe.layer.expert import Expert
 from msmoe.merge.fisher import weighted_average
 from msmoe.merge.refit import solve_shifted
 
 
 def least_squares_output(
-    front: Tensor,
+    merged: Expert,
     members: Sequence[Expert],
     weights: Sequence[float],
     inputs: Tensor,
@@ -31,39 +31,41 @@ def least_squares_output(
     *,
     ridge: float = 1e-6,
 ) -> Tensor:
-    """Solve for the output matrix behind a merged `front`.
+    """Solve for the output matrix behind the merged inputs of an expert.
 
     All in float64: the ridge is below the rounding of a float32 Gram matrix. Solves in the space of tokens or of
     neurons, whichever is smaller.
 
     Args:
-        front: (F, D) merged wi*.
-        members: experts in the neuron order of `front`.
+        merged: its inputs and its output bias, the members' average, are kept; its output matrix is not read.
+        members: experts in the neuron order of `merged`.
         weights: their weights, summing to 1.
         inputs: (T, D) tokens.
         token_weights: (T,) tokens that each one stands for, 1 by default.
         ridge: pull to the members' averaged wo, relative to the mean square of a hidden unit.
 
     Returns:
-        wo (D, F) in the members' dtype; the weighted average of the members' wo if there is no token.
+        the output matrix (D, F) in the members' dtype; the weighted average of the members' if there is no token.
 
     Raises:
         ValueError: if `ridge` is not positive.
     """
     if not ridge > 0:
         raise ValueError(f"ridge must be positive, got {ridge}: without it fewer tokens than neurons have no solution")
-    average_DF = weighted_average([member.wo for member in members], weights)
+    average_DF = weighted_average([member.output for member in members], weights)
     scale_T1 = torch.ones(len(inputs), 1) if token_weights is None else token_weights.sqrt()[:, None]
     x_TD = inputs.double()
-    h_TF = Expert(front.double(), average_DF).hidden(x_TD) * scale_T1
+    merged = merged.map(Tensor.double)
+    h_TF = merged.hidden(x_TD) * scale_T1
     residual_TD = -(h_TF @ average_DF.T)
+    if merged.output_bias is not None:
+        residual_TD -= scale_T1 * merged.output_bias
     for member, weight in zip(members, weights, strict=True):
-        exact = Expert(member.wi.double(), member.wo.double())
-        residual_TD += exact(x_TD) * (weight * scale_T1)
+        residual_TD += member.map(Tensor.double)(x_TD) * (weight * scale_T1)
 
-    shift = ridge * float(h_TF.square().sum()) / len(front)
-    if len(h_TF) <= len(front):
+    shift = ridge * float(h_TF.square().sum()) / merged.num_neurons
+    if len(h_TF) <= merged.num_neurons:
         change_DF = solve_shifted(h_TF @ h_TF.T, shift, residual_TD).T @ h_TF
     else:
         change_DF = solve_shifted(h_TF.T @ h_TF, shift, h_TF.T @ residual_TD).T
-    return (average_DF + change_DF).to(members[0].wo.dtype)
+    return (average_DF + change_DF).to(members[0].output.dtype)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from msmoe.families import Expert
+from msmoe.layer.expert import Expert
 from msmoe.merge.align import match_weights
 
 TOLERANCE = 1e-9  # relative to |W_i| |sum of the others|, which bounds the gain
@@ -35,7 +35,7 @@ def match_many(members: Sequence[Expert], *, max_rounds: int = 100) -> tuple[lis
         rounds: visits made, the last of which moved nothing unless it is `max_rounds`. Two members take one
             assignment, counted as one round; a single one takes none.
     """
-    identity = torch.arange(len(members[0].wi))
+    identity = torch.arange(members[0].num_neurons)
     permutations = [identity.clone() for _ in members]
     if len(members) <= 2:
         for i in range(1, len(members)):
@@ -67,7 +67,7 @@ def objective(members: Sequence[Expert], permutations: Sequence[Tensor]) -> floa
 
 def _aligned_in_sequence(members: Sequence[Expert]) -> list[Tensor]:
     """Permutations that align each member to the mean of those before it."""
-    permutations = [torch.arange(len(members[0].wi))]
+    permutations = [torch.arange(members[0].num_neurons)]
     total = _total(members[:1], permutations)
     for i in range(1, len(members)):
         permutations.append(match_weights(_scaled(total, 1 / i, members[i]), members[i]).permutation)
@@ -89,20 +89,21 @@ def _align_to_others(member: Expert, permutation: Tensor, total: Expert, num_oth
 
 
 def _total(members: Sequence[Expert], permutations: Sequence[Tensor]) -> Expert:
-    total = Expert(*(torch.zeros_like(matrix, dtype=torch.float64) for matrix in members[0]))
+    total = members[0].map(lambda weight: torch.zeros_like(weight, dtype=torch.float64))
     for member, permutation in zip(members, permutations, strict=True):
         _add_(total, member.permuted(permutation))
     return total
 
 
 def _add_(total: Expert, expert: Expert, *, sign: int = 1) -> None:
-    total.wi.add_(expert.wi, alpha=sign)
-    total.wo.add_(expert.wo, alpha=sign)
+    for tensor, added in zip(total.tensors, expert.tensors, strict=True):
+        tensor.add_(added, alpha=sign)
 
 
 def _scaled(total: Expert, factor: float, like: Expert) -> Expert:
-    return Expert((total.wi * factor).to(like.wi.dtype), (total.wo * factor).to(like.wo.dtype))
+    return total.like([(t * factor).to(w.dtype) for t, w in zip(total.tensors, like.tensors, strict=True)])
 
 
 def _inner(left: Expert, right: Expert) -> float:
-    return sum(float((a.double() * b.double()).sum()) for a, b in zip(left, right, strict=True))
+    """Inner product of all that belongs to a neuron; an output bias is nobody's."""
+    return sum(float((a.double() * b.double()).sum()) for a, b in zip(left.features, right.features, strict=True))

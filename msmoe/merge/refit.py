@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from msmoe.families import Expert
+from msmoe.layer.expert import Expert
 
 RIDGES = (1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.25, 1.0)
 BLOCK = 512  # products of float32 blocks are added up in float64
@@ -28,7 +28,7 @@ class Refit:
     """Result of a refit.
 
     Attributes:
-        wo: (D, F) float32; the merged matrix itself where no ridge was better on the held-out tokens.
+        output: (D, F) float32 matrix; the merged one itself where no ridge was better on the held-out tokens.
         ridge: the chosen ridge, None without refit.
         num_fitted, num_held_out: tokens on either side.
         error_before, error_after: relative output error on the held-out tokens, sum_t w_t |g wo h - y|^2 /
@@ -36,7 +36,7 @@ class Refit:
         held_out_square: sum_t w_t |y|^2 over the held-out tokens: what the errors of groups are weighed by.
     """
 
-    wo: Tensor
+    output: Tensor
     ridge: float | None
     num_fitted: int
     num_held_out: int
@@ -47,7 +47,7 @@ class Refit:
     def describe(self) -> dict:
         """Everything but the matrix; errors that are unknown are None."""
         known = lambda value: None if isinstance(value, float) and math.isnan(value) else value
-        return {name: known(value) for name, value in vars(self).items() if name != "wo"}
+        return {name: known(value) for name, value in vars(self).items() if name != "output"}
 
 
 def refit_output(
@@ -60,7 +60,7 @@ def refit_output(
     *,
     ridges: tuple[float, ...] = RIDGES,
 ) -> Refit:
-    """Re-solve `merged.wo` on tokens of its group.
+    """Re-solve `merged.output` on tokens of its group; an output bias stays as it is.
 
     Solves in the space of tokens or of neurons, whichever is cheaper; products are accumulated in float64.
 
@@ -77,12 +77,14 @@ def refit_output(
     scale = weights[order].double().sqrt().float()[:, None]
     rows = merged.hidden(inputs[order]).mul_(gate[order, None] * scale)
     wanted = targets[order] * scale
-    residuals = torch.addmm(wanted, rows, merged.wo.T, alpha=-1)
     total = float(wanted[num_fitted:].double().square().sum())
+    if merged.output_bias is not None:
+        wanted.sub_(gate[order, None] * scale * merged.output_bias)
+    residuals = torch.addmm(wanted, rows, merged.output.T, alpha=-1)
     num_held_out = len(rows) - num_fitted
     if num_fitted == 0 or num_held_out == 0 or total == 0:
         unknown = float(residuals[num_fitted:].double().square().sum()) / total if total else float("nan")
-        return Refit(merged.wo, None, num_fitted, num_held_out, unknown, unknown, total)
+        return Refit(merged.output, None, num_fitted, num_held_out, unknown, unknown, total)
 
     space = TokenSpace if len(rows) <= 2 * rows.shape[1] else NeuronSpace  # half of the tokens are fitted six times
     problem: Ridge = space(rows, residuals, num_fitted)
@@ -90,9 +92,8 @@ def refit_output(
     before = float(residuals[num_fitted:].double().square().sum()) / total
     best = min(errors, key=lambda ridge: errors[ridge])
     if not errors[best] < before:
-        return Refit(merged.wo, None, num_fitted, num_held_out, before, before, total)
-    wo = merged.wo + problem.solve(best)
-    return Refit(wo, best, num_fitted, num_held_out, before, errors[best], total)
+        return Refit(merged.output, None, num_fitted, num_held_out, before, before, total)
+    return Refit(merged.output + problem.solve(best), best, num_fitted, num_held_out, before, errors[best], total)
 
 
 class Ridge(Protocol):

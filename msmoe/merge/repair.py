@@ -1,21 +1,22 @@
 """REPAIR (arXiv 2211.08403): give the hidden units of a merged expert the spread that its members' units have.
 
-Averaging n units of pairwise correlation r leaves the variance (1 + (n - 1) r) / n. Without biases only the standard
-deviation can be restored: the scale of a unit is folded into its row of wi. The mean moves along with it.
+Averaging n units of pairwise correlation r leaves the variance (1 + (n - 1) r) / n. The scale of a unit's
+pre-activation is folded into its row of the input matrix. With a bias the mean is restored as well; without, it moves
+along with the scale.
 
 Pre-activations are linear in the inputs, so the variance of unit f is wi_f C wi_f^T with C the covariance of the
-inputs: one (D, D) matrix serves all members, and no hidden activation is computed.
+inputs: one (D, D) matrix serves all matrices of all members, and no hidden activation is computed.
 
 Shapes: T tokens, F d_ff, D d_model.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from msmoe.families import Expert
+from msmoe.layer.expert import BIAS, Expert
 
 BLOCK = 512
 CONSTANT = 1e-12  # a variance below this share of the largest possible one is rounding
@@ -26,9 +27,10 @@ class Repair:
     """What a repair did.
 
     Attributes:
-        mean_ratio: mean over the rescaled units of goal by measured standard deviation; 1.0 if there are none.
-        num_constant: units left alone because they are constant on the tokens, in the merged expert or in every
-            member.
+        mean_ratio: mean over the rescaled pre-activations of goal by measured standard deviation; 1.0 if there are
+            none.
+        num_constant: pre-activations whose scale is left alone because they are constant on the tokens, in the merged
+            expert or in every member.
     """
 
     mean_ratio: float
@@ -42,9 +44,10 @@ def repair(
     inputs: Tensor,
     token_weights: Tensor | None = None,
 ) -> tuple[Expert, Repair]:
-    """Scale the rows of `merged.wi` so that pre-activations have the members' standard deviation.
+    """Scale the rows of the input matrices so that pre-activations have the members' standard deviation.
 
-    The goal of a unit is the weighted mean of the members' standard deviations; wo is untouched.
+    The goal of a unit is the weighted mean of the members' standard deviations, and where there is a bias also that of
+    their means; the output is untouched.
 
     Args:
         merged: the merged expert.
@@ -53,38 +56,52 @@ def repair(
         inputs: (T, D) tokens; fewer than two leave the expert as it is.
         token_weights: (T,) tokens that each one stands for, 1 by default.
     """
-    covariance = input_covariance(inputs, token_weights)
-    measured = standard_deviation(merged.wi, covariance)
-    goal = torch.zeros_like(measured)
-    for member, weight in zip(members, weights, strict=True):
-        goal += weight * standard_deviation(member.wi, covariance)
-    varies = (measured > 0) & (goal > 0)
-    ratio = torch.where(varies, goal, 1.0) / torch.where(varies, measured, 1.0)
+    mean, covariance = input_moments(inputs, token_weights)
+    repaired, ratios = dict(merged.inputs), []
+    for role, matrix in merged.matrices.items():
+        measured = standard_deviation(matrix, covariance)
+        goal = torch.zeros_like(measured)
+        for member, weight in zip(members, weights, strict=True):
+            goal += weight * standard_deviation(member.inputs[role], covariance)
+        varies = (measured > 0) & (goal > 0)
+        ratio = torch.where(varies, goal, 1.0) / torch.where(varies, measured, 1.0)
+        ratios.append(torch.where(varies, ratio, torch.nan))
+        repaired[role] = matrix * ratio.to(matrix.dtype)[:, None]
+        if role + BIAS in repaired:
+            wanted = sum(w * preactivation_mean(m, role, mean) for m, w in zip(members, weights, strict=True))
+            moved = repaired[role].double() @ mean
+            repaired[role + BIAS] = (wanted - moved).to(matrix.dtype) if len(inputs) else repaired[role + BIAS]
+    ratio = torch.cat(ratios)
+    varies = ~ratio.isnan()
     mean_ratio = float(ratio[varies].mean()) if varies.any() else 1.0
-    scaled = merged.wi * ratio.to(merged.wi.dtype)[:, None]
-    return Expert(scaled, merged.wo), Repair(mean_ratio, int((~varies).sum()))
+    return replace(merged, inputs=repaired), Repair(mean_ratio, int((~varies).sum()))
 
 
-def input_covariance(inputs: Tensor, token_weights: Tensor | None = None) -> Tensor:
-    """Covariance (D, D) of the inputs, float64; zeros without tokens of positive weight."""
+def preactivation_mean(expert: Expert, role: str, mean: Tensor) -> Tensor:
+    """Means (F,) of the pre-activations of an input matrix with a bias, float64, given that of the inputs (D,)."""
+    return expert.inputs[role].double() @ mean + expert.inputs[role + BIAS]
+
+
+def input_moments(inputs: Tensor, token_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and covariance (D, D) of the inputs, float64; zeros without tokens of positive weight."""
     weights = torch.ones(len(inputs)) if token_weights is None else token_weights
     total = float(weights.double().sum())
     covariance = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float64)
-    if total == 0:
-        return covariance
-    share = weights.double() / total
     mean = torch.zeros(inputs.shape[1], dtype=torch.float64)
+    if total == 0:
+        return mean, covariance
+    share = weights.double() / total
     for x_TD, share_T in zip(inputs.split(BLOCK), share.split(BLOCK), strict=True):
         mean += share_T @ x_TD.double()
     for x_TD, share_T in zip(inputs.split(BLOCK), share.split(BLOCK), strict=True):
         centred = (x_TD.double() - mean) * share_T.sqrt()[:, None]
         covariance.addmm_(centred.T, centred)
-    return covariance
+    return mean, covariance
 
 
-def standard_deviation(wi: Tensor, covariance: Tensor) -> Tensor:
-    """Standard deviations (F,) of the pre-activations x wi^T, float64; exactly 0 for a unit that is constant."""
-    rows = wi.double()
+def standard_deviation(matrix: Tensor, covariance: Tensor) -> Tensor:
+    """Standard deviations (F,) of the pre-activations x W^T, float64; exactly 0 for a unit that is constant."""
+    rows = matrix.double()
     variance = ((rows @ covariance) * rows).sum(1)
     largest = rows.square().sum(1) * covariance.diagonal().sum()
     return variance.masked_fill(variance <= CONSTANT * largest, 0.0).sqrt()

@@ -1,6 +1,6 @@
 """The table of merge rules: aligned members, their weights and the tokens of their group -> one expert.
 
-Shapes: T tokens, F d_ff, D d_model.
+Shapes: T tokens, n members, F d_ff, D d_model.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from msmoe.families import Expert
+from msmoe.layer.expert import Expert
 from msmoe.merge.fisher import expert_fisher, fisher_average, weighted_average
 from msmoe.merge.least_squares import least_squares_output
 from msmoe.merge.repair import repair
@@ -21,14 +21,14 @@ class GroupTokens:
     """What a rule may see of the calibration data.
 
     Attributes:
-        inputs: (T, D) sampled tokens routed to a member; expert: (T,) position of that member in the group;
-            gate: (T,); weights: (T,) tokens that each stands for.
+        inputs: (T, D) sampled tokens routed to a member; weights: (T,) tokens that each stands for.
+        routed: (T, n) bool, to which members; gate: (T, n) what their outputs are multiplied by, 0 elsewhere.
         output_gradient: (T, D) gradient at the layer's output; known: (T,) bool, where it was recorded.
         layer_inputs: (N, D) tokens of the whole layer; layer_weights: (N,).
     """
 
     inputs: Tensor
-    expert: Tensor
+    routed: Tensor
     gate: Tensor
     weights: Tensor
     output_gradient: Tensor
@@ -60,9 +60,9 @@ def fisher(members: Sequence[Expert], weights: Sequence[float], tokens: GroupTok
     """Average by Fisher information; a member none of whose tokens has a gradient drops out."""
     informations = []
     for i, member in enumerate(members):
-        mine = (tokens.expert == i) & tokens.known
-        scale = float(tokens.weights[tokens.expert == i].sum() / tokens.weights[mine].sum()) if mine.any() else 1.0
-        seen = tokens.inputs[mine], tokens.gate[mine], tokens.output_gradient[mine], tokens.weights[mine] * scale
+        mine = tokens.routed[:, i] & tokens.known
+        scale = float(tokens.weights[tokens.routed[:, i]].sum() / tokens.weights[mine].sum()) if mine.any() else 1.0
+        seen = tokens.inputs[mine], tokens.gate[mine, i], tokens.output_gradient[mine], tokens.weights[mine] * scale
         informations.append(expert_fisher(member, *seen))
     merged, at_floor = fisher_average(members, informations, weights)
     return merged, {"share_at_floor": at_floor}
@@ -80,12 +80,12 @@ def repaired(members: Sequence[Expert], weights: Sequence[float], tokens: GroupT
 
 
 def least_squares(members: Sequence[Expert], weights: Sequence[float], tokens: GroupTokens) -> tuple[Expert, dict]:
-    """Average of wi, wo solved for the weighted sum of the members on tokens of the whole layer."""
-    front = mean_expert(members, weights).wi
-    wo = least_squares_output(
-        front, members, weights, tokens.layer_inputs, tokens.layer_weights, ridge=LEAST_SQUARES_RIDGE
+    """Average, its output solved for the weighted sum of the members on tokens of the whole layer."""
+    merged = mean_expert(members, weights)
+    output = least_squares_output(
+        merged, members, weights, tokens.layer_inputs, tokens.layer_weights, ridge=LEAST_SQUARES_RIDGE
     )
-    return Expert(front, wo), {}
+    return merged.with_output(output), {}
 
 
 def union(members: Sequence[Expert], weights: Sequence[float], tokens: GroupTokens) -> tuple[Expert, dict]:
@@ -94,8 +94,9 @@ def union(members: Sequence[Expert], weights: Sequence[float], tokens: GroupToke
 
 
 def mean_expert(members: Sequence[Expert], weights: Sequence[float]) -> Expert:
-    """Weighted average of both matrices, float32."""
-    return Expert(*(weighted_average(matrices, weights).float() for matrices in zip(*members, strict=True)))
+    """Weighted average of every weight, float32."""
+    stacks = zip(*(member.tensors for member in members), strict=True)
+    return members[0].like([weighted_average(tensors, weights).float() for tensors in stacks])
 
 
 RULES = {

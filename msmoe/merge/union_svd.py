@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from msmoe.families import Expert
+from msmoe.layer.expert import Expert
 from msmoe.merge.fisher import weighted_average
 
 ROUNDING = 1e-12
@@ -27,13 +27,13 @@ def union_svd(
     share a space with and is returned as it is, where the formula would truncate it.
 
     Args:
-        members: experts in one neuron order: the hidden axis is an input of wo.
+        members: experts in one neuron order: the hidden axis is an input of the output matrix. Biases are averaged.
         weights: their weights, summing to 1.
         energy: share of the squared singular values to keep, in (0, 1]; 1 is the weighted average. By default as many
             directions are kept as a single matrix can have, min(O, I): members that are equal then lose nothing.
 
     Returns:
-        The merged expert, in the members' dtype, and the rank of the space of `wi` and of `wo`.
+        The merged expert, in the members' dtype, and the rank of the space of each matrix, by role.
 
     Raises:
         ValueError: if `energy` is outside (0, 1].
@@ -41,16 +41,19 @@ def union_svd(
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy must be in (0, 1], got {energy}")
     merged, ranks = [], {}
-    for name, matrices in zip(Expert._fields, zip(*members, strict=True), strict=True):
+    for name in members[0].weights:
+        matrices = [member.weights[name] for member in members]
         average = weighted_average(matrices, weights)
-        if len(members) == 1:
+        if average.ndim == 1:
+            pass
+        elif len(members) == 1:
             ranks[name] = min(average.shape)
         elif energy == 1:
             ranks[name] = min(len(average), sum(matrix.shape[1] for matrix in matrices))
         else:
             average, ranks[name] = project(average, matrices, energy, max_rank=min(average.shape))
         merged.append(average.to(matrices[0].dtype))
-    return Expert(*merged), ranks
+    return members[0].like(merged), ranks
 
 
 def project(matrix: Tensor, matrices: Sequence[Tensor], energy: float | None, *, max_rank: int) -> tuple[Tensor, int]:

@@ -3,19 +3,20 @@
 Unlike an alignment it may join two units of the same expert. With the n F units of the members in clusters,
 wi* = M [wi_1; ...; wi_n] averages the rows of a cluster, the rows of M sum to 1, and
 wo* = [w_1 wo_1 | ... | w_n wo_n] U adds its columns up: equal units joined anywhere keep sum_i w_i f_i exactly.
+Of gated experts all input matrices are averaged so, and biases likewise.
 (Averaging the columns too would halve the output of two equal units of one expert.)
 
 Shapes: T tokens, F d_ff, D d_model, n members, N = n F units, K clusters.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from msmoe.families import Expert
+from msmoe.layer.expert import Expert
 
 BLOCK = 512
 MAX_UNITS = 12288  # joined at once: their similarities take 600 MB
@@ -81,7 +82,7 @@ def zip_experts(
         return members[weights.index(max(weights))], Zipped(enough_tokens, 0, 0, 1)
 
     clusters = zip_units(members, weights, inputs, counts, within=within, damping=damping)
-    num_units = len(members[0].wi)
+    num_units = members[0].num_neurons
     distinct = sum(len(part.unique()) for part in clusters.split(num_units))
     report = Zipped(True, len(clusters) - num_units, len(clusters) - distinct, int(clusters.bincount().max()))
     return assemble(members, weights, clusters), report
@@ -94,22 +95,29 @@ def assemble(members: Sequence[Expert], weights: Sequence[float], clusters: Tens
         weights: positive, of any sum s: the result is one expert for sum_i (w_i / s) f_i.
         clusters: (N,) int64 of all members' units, each in 0..K-1.
     """
-    (num_units, width), dtype = members[0].wi.shape, members[0].wi.dtype
-    wi_KD, wo_KD = torch.zeros(2, int(clusters.max()) + 1, width, dtype=torch.float64)
-    share_K = torch.zeros(len(wi_KD), dtype=torch.float64)
+    first, num_clusters = members[0], int(clusters.max()) + 1
+    num_units, width = first.num_neurons, len(first.output)
+    empty = lambda *shape: torch.zeros(shape, dtype=torch.float64)
+    inputs = {role: empty(num_clusters, *tensor.shape[1:]) for role, tensor in first.inputs.items()}
+    output_KD, share_K, bias = empty(num_clusters, width), empty(num_clusters), empty(width)
     for expert, weight, part in zip(members, weights, clusters.split(num_units), strict=True):
         share = weight / sum(weights)
-        share_K += share * part.bincount(minlength=len(share_K)).double()
-        wi_KD.index_add_(0, part, expert.wi.double(), alpha=share)
-        wo_KD.index_add_(0, part, expert.wo.T.double(), alpha=share)
-    return Expert((wi_KD / share_K[:, None]).to(dtype), wo_KD.T.to(dtype).contiguous())
+        share_K += share * part.bincount(minlength=num_clusters).double()
+        for role, tensor in expert.inputs.items():
+            inputs[role].index_add_(0, part, tensor.double(), alpha=share)
+        output_KD.index_add_(0, part, expert.output.T.double(), alpha=share)
+        if expert.output_bias is not None:
+            bias.add_(expert.output_bias, alpha=share)
+    averaged = [t / (share_K[:, None] if t.ndim == 2 else share_K) for t in inputs.values()]
+    joined = [*averaged, output_KD.T, bias][: len(first.tensors)]
+    return first.like([t.to(w.dtype).contiguous() for t, w in zip(joined, first.tensors, strict=True)])
 
 
 def zip_units(
     members: Sequence[Expert], weights: Sequence[float], inputs: Tensor, counts: Tensor, *, within: bool, damping: float
 ) -> Tensor:
     """Join all units (N,) into F clusters, numbered in the order of their first units; parts compose."""
-    num_units = len(members[0].wi)
+    num_units = members[0].num_neurons
     if len(members) == 1:
         return torch.arange(num_units)
     at_once = min(MAX_MEMBERS, max(2, MAX_UNITS // num_units)) if within else 2
@@ -135,33 +143,42 @@ def similarities(members: Sequence[Expert], inputs: Tensor, counts: Tensor) -> T
     """Similarity (N, N) of all units, float32: the correlation of their activations over the tokens.
 
     A unit that is constant on the tokens has no correlation. Two of them compare by the cosine of their weights, the
-    mean of those of wi rows and wo columns; one of them and a unit that varies are placed 3 below the cosine, so that
-    they join when nothing else is left to join.
+    mean of those of the rows of each input matrix and of the output columns; one of them and a unit that varies are
+    placed 3 below the cosine, so that they join when nothing else is left to join.
     """
-    wi_ND = torch.cat([member.wi for member in members])
+    all_units = joined_units(members)
+    num_units = all_units.num_neurons
     share = counts / counts.sum()
     blocks = list(zip(inputs.split(BLOCK), share.split(BLOCK), strict=True))
-    mean, square = (torch.zeros(len(wi_ND), dtype=torch.float64) for _ in range(2))
+    mean, square = (torch.zeros(num_units, dtype=torch.float64) for _ in range(2))
     for x_TD, share_T in blocks:
-        h_TN = torch.relu(x_TD @ wi_ND.T).double()
+        h_TN = all_units.hidden(x_TD).double()
         mean += share_T @ h_TN
         square += share_T @ h_TN.square_()
     variance = square - mean.square()
     constant = variance <= CONSTANT * square
     scale = torch.where(constant, 0.0, variance.clamp(min=0).rsqrt()).float()
 
-    similarity = torch.zeros(len(wi_ND), len(wi_ND))
+    similarity = torch.zeros(num_units, num_units)
     for x_TD, share_T in blocks:
-        h_TN = torch.relu(x_TD @ wi_ND.T).sub_(mean.float()).mul_(scale).mul_(share_T.sqrt().float()[:, None])
+        h_TN = all_units.hidden(x_TD).sub_(mean.float()).mul_(scale).mul_(share_T.sqrt().float()[:, None])
         similarity.addmm_(h_TN.T, h_TN)
-    wo_ND = torch.cat([member.wo.T for member in members])
-    direction = torch.cat([torch.nn.functional.normalize(rows, dim=1) for rows in (wi_ND, wo_ND)], dim=1) / 2**0.5
+    features = all_units.features
+    direction = torch.cat([torch.nn.functional.normalize(rows, dim=1) for rows in features], dim=1)
+    direction /= len(features) ** 0.5
     for units in constant.nonzero().flatten().split(BLOCK):
         cosine = direction[units] @ direction.T
         cosine[:, ~constant] -= 3.0
         similarity[units] = cosine
         similarity[:, units] = cosine.T
     return similarity
+
+
+def joined_units(members: Sequence[Expert]) -> Expert:
+    """The units (N,) of all members side by side, as one expert without output bias."""
+    inputs = {role: torch.cat([member.inputs[role] for member in members]) for role in members[0].inputs}
+    output = torch.cat([member.output.T for member in members]).T
+    return replace(members[0], inputs=inputs, output=output, output_bias=None)
 
 
 def join_most_similar(similarity: Tensor, owners: Tensor, num_clusters: int, *, damping: float) -> Tensor:

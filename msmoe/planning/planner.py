@@ -31,11 +31,11 @@ from msmoe.planning.methods import (
     resolve,
 )
 from msmoe.planning.plan import Group, LayerPlan, Plan
-from msmoe.planning.progressive import progressive_subset
+from msmoe.planning.progressive import Routes, logit_routes, progressive_subset, router_routes
 from msmoe.planning.scores import score_experts, shares
 from msmoe.planning.similarity import LayerView, similarity
 from msmoe.planning.sizes import Choices, settle
-from msmoe.planning.subset import SubsetErrors, best_subset
+from msmoe.planning.subset import RoutedSubsetErrors, SubsetErrors, best_subset
 
 
 def plan(
@@ -188,13 +188,11 @@ class Planner:
     def view(self, name: str) -> LayerView:
         """What similarities and searches may look at of a layer."""
         if name not in self._views:
-            bias = self.family.router_bias_key(name)
+            router = self.family.router(self.source, name)
+            assert router is not None
             self._views[name] = LayerView(
                 stats=self.stats.layers[name],
-                router=self.source.read_finite(self.family.router_key(name)),
-                bias=self.source.read_finite(bias)
-                if (bias := self.family.router_bias_key(name)) in self.source
-                else None,
+                router=router,
                 expert=lambda expert: load_expert(self.family, self.source, name, expert),
             )
         return self._views[name]
@@ -436,14 +434,25 @@ def select_experts(view: LayerView, scores: Tensor, count: int, parameters: Para
     if parameters.selection == "top":
         return sorted(dominant_experts(scores.numpy(), count)), ""
     if parameters.selection == "subset":
-        out = view.outputs
-        arrays = (out.logits, out.inner, out.square, out.target, out.weights)
-        found = best_subset(SubsetErrors(*(a.numpy() for a in arrays)), count)
+        found = best_subset(subset_errors(view), count)
         return list(found.experts), f"{found.search}; relative output error {found.error:.4f}"
     sample = view.stats.tokens()
-    sample = sample.select(interleaved(sample.expert, view.num_experts))
-    logits = view.logits(sample.inputs).double().numpy()
-    return list(progressive_subset(logits, sample.weights(view.stats.dispatched).numpy(), count)), ""
+    sample = sample.select(interleaved(sample.expert[:, 0], view.num_experts))
+    weights = sample.weights(view.stats.dispatched).numpy()
+    if sample.top_k == 1:
+        routed: Routes = logit_routes(view.router.logits(sample.routed_on).double().numpy())
+    else:
+        routed = router_routes(view.router, sample.routed_on)
+    return list(progressive_subset(routed, view.num_experts, weights, count)), ""
+
+
+def subset_errors(view: LayerView) -> SubsetErrors | RoutedSubsetErrors:
+    """What the errors of a layer's subsets follow from."""
+    out = view.outputs
+    if not len(out.products):
+        arrays = (out.logits, out.inner, out.square, out.target, out.weights)
+        return SubsetErrors(*(a.numpy() for a in arrays))
+    return RoutedSubsetErrors(view.router, out.routed_on, out.inner, out.products, out.target, out.weights.numpy())
 
 
 def interleaved(expert: Tensor, num_experts: int) -> Tensor:

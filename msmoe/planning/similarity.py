@@ -18,7 +18,8 @@ from torch import Tensor
 
 from msmoe.calibration.stats import LayerStats
 from msmoe.errors import UserError
-from msmoe.families import Expert
+from msmoe.layer.expert import Expert
+from msmoe.layer.routing import Router
 from msmoe.merge.align import match_weights, standardise
 from msmoe.planning.outputs import LayerOutputs, layer_outputs
 
@@ -32,34 +33,27 @@ class LayerView:
 
     Attributes:
         stats: sums of the layer.
-        router: router rows (E, D).
+        router: of the layer.
         expert: loads one expert, float32.
-        bias: router biases (E,), where the router has any.
         seed: for the `random` basis.
         cache: what was computed already; shared by views of one layer that differ in their seed.
     """
 
     stats: LayerStats
-    router: Tensor
+    router: Router
     expert: Callable[[int], Expert]
     seed: int = 0
-    bias: Tensor | None = None
     cache: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:
         return self.stats.num_experts
 
-    def logits(self, inputs: Tensor) -> Tensor:
-        """Router logits (T, E) of tokens (T, D)."""
-        logits = inputs @ self.router.T
-        return logits if self.bias is None else logits + self.bias
-
     @property
     def outputs(self) -> LayerOutputs:
         """What all experts make of the same tokens."""
         if "outputs" not in self.cache:
-            self.cache["outputs"] = layer_outputs(self.stats, self.logits, self.expert)
+            self.cache["outputs"] = layer_outputs(self.stats, self.router, self.expert)
         return self.cache["outputs"]
 
     def experts(self) -> Iterator[Expert]:
@@ -124,7 +118,7 @@ def router_logits(view: LayerView, metric: Metric) -> Tensor:
 
 
 def router_weight(view: LayerView, metric: Metric) -> Tensor:
-    return vector_similarity(view.router, metric=metric)
+    return vector_similarity(view.router.rows, metric=metric)
 
 
 def weight(view: LayerView, metric: Metric) -> Tensor:
@@ -135,7 +129,7 @@ def weight(view: LayerView, metric: Metric) -> Tensor:
     experts = list(view.experts())
     gram = torch.zeros(len(experts), len(experts), dtype=torch.float64)
     for i, expert in enumerate(experts):
-        gram[i, i] = sum(w.double().square().sum() for w in expert)
+        gram[i, i] = sum(w.double().square().sum() for w in expert.features)
         for j in range(i):
             gram[i, j] = gram[j, i] = match_weights(experts[j], expert).after
     return gram_similarity(gram, metric=metric)
@@ -150,14 +144,14 @@ def feature_abs(view: LayerView, metric: Metric) -> Tensor:
 
 
 def weight_feature(view: LayerView, metric: Metric) -> Tensor:
-    """wi scaled by the norm of each input column over the expert's tokens (the Wanda product)."""
+    """The input matrices scaled by the norm of each input column over the expert's tokens (the Wanda product)."""
     norms = view.stats.input_square_sum.sqrt().float()
-    scaled = (expert.wi * norm for expert, norm in zip(view.experts(), norms, strict=True))
+    scaled = (expert.front * norm for expert, norm in zip(view.experts(), norms, strict=True))
     return gram_similarity(streamed_gram(scaled, view.num_experts), metric=metric)
 
 
 def router_weight_feature(view: LayerView, metric: Metric) -> Tensor:
-    return vector_similarity(view.router.double() * view.stats.input_square_sum.sum(0).sqrt(), metric=metric)
+    return vector_similarity(view.router.rows.double() * view.stats.input_square_sum.sum(0).sqrt(), metric=metric)
 
 
 def gradient(view: LayerView, metric: Metric) -> Tensor:
@@ -190,8 +184,8 @@ def ream(view: LayerView, metric: Metric) -> Tensor:
 
 
 def input_weight(view: LayerView, metric: Metric) -> Tensor:
-    """Inner products of wi as it is, neurons not matched (MergeMoE)."""
-    return gram_similarity(streamed_gram((e.wi for e in view.experts()), view.num_experts), metric=metric)
+    """Inner products of the input matrices as they are, neurons not matched (MergeMoE)."""
+    return gram_similarity(streamed_gram((e.front for e in view.experts()), view.num_experts), metric=metric)
 
 
 def mse(view: LayerView, metric: Metric) -> Tensor:
@@ -201,12 +195,13 @@ def mse(view: LayerView, metric: Metric) -> Tensor:
     """
     sample, num_experts = view.stats.tokens(), view.num_experts
     experts = list(view.experts())
-    inputs = [sample.inputs[sample.expert == e] for e in range(num_experts)]
+    inputs = [sample.inputs[sample.of(e)[0]] for e in range(num_experts)]
     outputs = [expert(x) for expert, x in zip(experts, inputs, strict=True)]
     similarity = torch.zeros(num_experts, num_experts, dtype=torch.float64)
     for i in range(num_experts):
         for j in range(i):
-            average = Expert((experts[i].wi + experts[j].wi) / 2, (experts[i].wo + experts[j].wo) / 2)
+            pairs = zip(experts[i].tensors, experts[j].tensors, strict=True)
+            average = experts[i].like([(a + b) / 2 for a, b in pairs])
             errors = [relative_error(average(inputs[e]), outputs[e]) for e in (i, j) if len(inputs[e])]
             similarity[i, j] = similarity[j, i] = 1 / (1 + sum(errors) / 2) if len(errors) == 2 else 0.0
     return finish(similarity)
@@ -243,7 +238,7 @@ def hidden_correlation(view: LayerView, value: Callable[[Tensor], float]) -> Ten
 
 
 def random(view: LayerView, metric: Metric) -> Tensor:
-    rng = np.random.default_rng([view.seed, view.num_experts, *view.router.shape])
+    rng = np.random.default_rng([view.seed, view.num_experts, *view.router.rows.shape])
     return finish(torch.from_numpy(np.tril(rng.random((view.num_experts,) * 2)) * 2))
 
 

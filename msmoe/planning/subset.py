@@ -1,10 +1,11 @@
-"""Which subset of a layer's experts reproduces the layer best (NAEE, arXiv 2402.14800), for a top-1 router.
+"""Which subset of a layer's experts reproduces the layer best (NAEE, arXiv 2402.14800).
 
 With experts dropped, the router chooses among the others: each token goes to the kept expert of highest logit, at the
 softmax probability over the kept logits. The squared error of a subset needs no expert output, only inner products:
 |y - g f_e|^2 = |y|^2 - 2 g <y, f_e> + g^2 |f_e|^2, so a subset costs O(T K), and so do all K subsets with one less.
+A router of several experts per token is asked about each subset, and products of two experts' outputs come in.
 
-Shapes: E experts, K kept, T tokens, N subsets.
+Shapes: E experts, K kept, T tokens, N subsets, C experts of a token.
 """
 
 import itertools
@@ -12,6 +13,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from msmoe.layer.routing import Router
 
 MAX_SUBSETS = 20_000  # tried one by one; beyond, a beam search
 BEAM_WIDTH = 8
@@ -32,6 +37,15 @@ class SubsetErrors:
     square: np.ndarray
     target: np.ndarray
     weights: np.ndarray
+
+    @property
+    def num_experts(self) -> int:
+        return self.logits.shape[1]
+
+    @property
+    def total(self) -> float:
+        """Weighted squared norm of the layer's output."""
+        return float(self.weights @ self.target)
 
     def __call__(self, subsets: np.ndarray) -> np.ndarray:
         """Weighted squared error (N,) of subsets (N, K) of expert indices."""
@@ -73,6 +87,50 @@ class SubsetErrors:
 
 
 @dataclass(frozen=True)
+class RoutedSubsetErrors:
+    """The same for any router.
+
+    Attributes:
+        router: of all experts; inputs: (T, D) what it sees.
+        inner: (T, E) <y_t, f_e(x_t)>; products: (T, E, E) <f_e(x_t), f_e'(x_t)>; target: (T,) |y_t|^2.
+        weights: (T,) tokens that each stands for.
+    """
+
+    router: Router
+    inputs: Tensor
+    inner: Tensor
+    products: Tensor
+    target: Tensor
+    weights: np.ndarray
+
+    @property
+    def num_experts(self) -> int:
+        return self.inner.shape[1]
+
+    @property
+    def total(self) -> float:
+        return float(self.weights @ self.target.numpy())
+
+    def __call__(self, subsets: np.ndarray) -> np.ndarray:
+        """Weighted squared error (N,) of subsets (N, K) of expert indices."""
+        return np.array([self._error(torch.from_numpy(subset)) for subset in subsets])
+
+    def _error(self, subset_K: Tensor) -> float:
+        experts_TC, gate_TC = self.router.keeping(subset_K.tolist())(self.inputs)
+        experts_TC, gate_TC = subset_K[experts_TC], gate_TC.double()
+        rows = torch.arange(len(experts_TC))[:, None]
+        inner_TC = self.inner[rows, experts_TC].double()
+        products_TCC = self.products[rows[..., None], experts_TC[:, :, None], experts_TC[:, None, :]].double()
+        square_T = torch.einsum("tc,td,tcd->t", gate_TC, gate_TC, products_TCC)
+        errors_T = self.target.double() - 2 * (gate_TC * inner_TC).sum(1) + square_T
+        return float(self.weights @ errors_T.numpy())
+
+    def without_one(self, subset: tuple[int, ...]) -> np.ndarray:
+        """As `__call__`, errors (K,) of the K subsets that lack one expert of `subset`."""
+        return self(np.array([subset[:i] + subset[i + 1 :] for i in range(len(subset))]))
+
+
+@dataclass(frozen=True)
 class Subset:
     """Experts to keep, ascending; the relative error that dropping the others makes; and how they were found."""
 
@@ -81,14 +139,14 @@ class Subset:
     search: str
 
 
-def best_subset(errors: SubsetErrors, count: int, *, max_subsets: int = MAX_SUBSETS) -> Subset:
+def best_subset(errors: SubsetErrors | RoutedSubsetErrors, count: int, *, max_subsets: int = MAX_SUBSETS) -> Subset:
     """The subset of `count` experts of least error, ties by lower indices.
 
     All subsets are tried where there are at most `max_subsets`. Otherwise experts are taken away one at a time, the
     `BEAM_WIDTH` best sets of each size being followed.
     """
-    num_experts = errors.logits.shape[1]
-    total = max(float(errors.weights @ errors.target), 1e-30)
+    num_experts = errors.num_experts
+    total = max(errors.total, 1e-30)
     num_subsets = math.comb(num_experts, count)
     if num_subsets <= max_subsets:
         subsets = np.array(list(itertools.combinations(range(num_experts), count)), dtype=np.int64)

@@ -94,7 +94,7 @@ def test_the_error_is_that_of_the_modules_of_both_models_on_the_same_tokens(name
         assert result.num_tokens == len(sample)
         assert result.error == pytest.approx(total(after - before) / total(before), rel=1e-4, abs=1e-9)
         for e, value in enumerate(result.by_expert.tolist()):
-            mine = sample.expert == e
+            mine = sample.expert[:, 0] == e
             expected = float((after - before)[mine].square().sum() / before[mine].square().sum())
             assert value == pytest.approx(expected, rel=1e-4, abs=1e-9, nan_ok=True)
 
@@ -125,7 +125,7 @@ def test_copies_of_one_expert_merge_without_error(data, tmp_path):
 
 
 def test_experts_without_tokens_have_no_number(switch, stats, compressed):
-    some = with_sample(stats, lambda sample: sample.expert != 2)
+    some = with_sample(stats, lambda sample: sample.expert[:, 0] != 2)
     result = layer_errors(switch, compressed("merged"), some)[LAYER]
     assert result.by_expert.isnan().tolist() == [False, False, True, False, False, False]
     none = with_sample(stats, lambda sample: torch.zeros(len(sample), dtype=torch.bool))
@@ -145,8 +145,8 @@ def test_tokens_are_rerouted_where_gate_or_target_change(switch, stats, tmp_path
     sample = evaluated(layer)
     rows = load_tensors(switch)[f"{LAYER}.router.classifier.weight"]
     gate, choice = (sample.inputs @ rows[[1, 3, 4]].T).softmax(-1).max(-1)
-    own = torch.tensor([2, 0, 2, 1, 2, 1])[sample.expert]  # dominant experts 1, 3, 4 are stored in this order
-    moved = (choice != own) | ((gate - sample.gate).abs() > 1e-4 * sample.gate)
+    own = torch.tensor([2, 0, 2, 1, 2, 1])[sample.expert[:, 0]]  # dominant experts 1, 3, 4 are stored in this order
+    moved = (choice != own) | ((gate - sample.gate[:, 0]).abs() > 1e-4 * sample.gate[:, 0])
     weights = sample.weights(layer.dispatched)
     result = layer_errors(switch, tmp_path / "out", stats)[LAYER]
     assert result.rerouted == pytest.approx(float(weights @ moved.double() / weights.sum()))
@@ -209,10 +209,10 @@ def test_stable_ranks_are_means_over_original_and_stored_experts(switch, stats, 
     result = layer_errors(switch, compressed("merged"), stats)[LAYER]
     before, after = load_tensors(switch), load_tensors(compressed("merged"))
     mean = lambda matrices: sum(map(stable_rank, matrices)) / len(matrices)
-    for part in ("wi", "wo"):
+    for part, side in (("wi", "front"), ("wo", "output")):
         members = [before[f"{LAYER}.experts.expert_{e}.{part}.weight"] for e in range(6)]
-        assert getattr(result.stable_rank_before, part) == pytest.approx(mean(members))
-        assert getattr(result.stable_rank_after, part) == pytest.approx(mean(after[f"{LAYER}.experts.{part}"]))
+        assert getattr(result.stable_rank_before, side) == pytest.approx(mean(members))
+        assert getattr(result.stable_rank_after, side) == pytest.approx(mean(after[f"{LAYER}.experts.{part}"]))
     bare = layer_errors(switch, compressed("merged"), stats, stable_ranks=False)[LAYER]
     assert (bare.stable_rank_before, bare.stable_rank_after) == (None, None)
 

@@ -73,7 +73,7 @@ def test_the_fit_never_sees_the_held_out_tokens(rows, stats, fits):
 
     layer = stats.layers[LAYER]
     sample = layer.tokens()
-    garbled = replace(sample, gate=torch.where(sample.held_out, torch.rand(len(sample)), sample.gate))
+    garbled = replace(sample, gate=torch.where(sample.held_out, torch.rand(len(sample)), sample.gate[:, 0])[:, None])
     again = reduce_router("fit", rows, PLAN, replace(layer, sample=garbled))
     assert torch.equal(again.rows, fits["fit"].rows)
 

@@ -275,8 +275,8 @@ def output_error(folder, source, stats) -> float:
         sample, mapping = stats.layers[layer].tokens(), after[f"{layer}.expert_map"]
         stacks = [stored_stack(after, f"{layer}.experts.{part}") for part in ("wi", "wo")]
         for e in range(6):
-            mine = sample.expert == e
-            x, gate = sample.inputs[mine], sample.gate[mine, None]
+            mine = sample.expert[:, 0] == e
+            x, gate = sample.inputs[mine], sample.gate[mine]
             wi, wo = (before[f"{layer}.experts.expert_{e}.{part}.weight"] for part in ("wi", "wo"))
             new_wi, new_wo = (stack[mapping[e]] for stack in stacks)
             wanted = (x @ wi.T).relu() @ wo.T * gate

@@ -8,7 +8,8 @@ from tiny import LAYERS, load_tensors, profile_small, stored_stack
 
 from msmoe.checkpoint import Checkpoint
 from msmoe.compression.factorize import expert_maps, factorize
-from msmoe.families import Expert, inspectable_family_of
+from msmoe.families import inspectable_family_of
+from msmoe.layer.expert import switch_expert
 from msmoe.lowrank import layer as factorize_layer_module
 from msmoe.lowrank.decompose import RIDGE
 from msmoe.lowrank.layer import LEAST_SENSITIVITY, FactorSources, output_sensitivity
@@ -22,8 +23,8 @@ def tokens_by_hand(stats, layer: str, members: list[int]):
     sample, dispatched = stats.layers[layer].tokens(), stats.layers[layer].dispatched
     chosen = [t for t in range(len(sample)) if int(sample.expert[t]) in members]
     counts = [int((sample.expert == e).sum()) for e in range(6)]
-    weights = torch.tensor([float(dispatched[sample.expert[t]]) / counts[sample.expert[t]] for t in chosen])
-    return sample.inputs[chosen], sample.gate[chosen], weights, sample.held_out[chosen]
+    weights = torch.tensor([float(dispatched[e]) / counts[e] for e in sample.expert[chosen, 0].tolist()])
+    return sample.inputs[chosen], sample.gate[chosen, 0], weights, sample.held_out[chosen]
 
 
 @pytest.fixture(scope="module")
@@ -59,34 +60,34 @@ def members_of(folder, layer: str) -> list[list[int]]:
 def test_sensitivity_is_how_far_an_error_of_the_pre_activation_moves_the_output():
     generator = torch.Generator().manual_seed(0)
     randn = lambda *shape: torch.randn(*shape, generator=generator)
-    expert, x, scale = Expert(randn(7, 5), randn(5, 7)), randn(60, 5), randn(60, 1).abs()
-    found = output_sensitivity(expert, expert.hidden(x) * scale, scale)
+    expert, x, scale = switch_expert(randn(7, 5), randn(5, 7)), randn(60, 5), randn(60, 1).abs()
+    found = output_sensitivity(expert, x, scale)
     step = 1e-4
     for neuron in range(7):
-        before = x @ expert.wi.T
+        before = x @ expert.inputs["wi"].T
         moved = before.clone()
         moved[:, neuron] += step
-        difference = (moved.double().relu() - before.double().relu()) @ expert.wo.T.double() / step * scale
+        difference = (moved.double().relu() - before.double().relu()) @ expert.output.T.double() / step * scale
         expected = float((difference.square().sum() / scale.double().square().sum()).sqrt())
         assert float(found[neuron]) == pytest.approx(expected, rel=1e-2)
 
 
 def test_a_neuron_that_never_fires_keeps_a_little_sensitivity():
-    expert = Expert(torch.tensor([[1.0], [-1.0]]), torch.tensor([[3.0, 4.0]]))
+    expert = switch_expert(torch.tensor([[1.0], [-1.0]]), torch.tensor([[3.0, 4.0]]))
     x, scale = torch.ones(5, 1), torch.ones(5, 1)
     # the first neuron always fires: 3; the second never: a share of the mean of 3 and 0
-    assert output_sensitivity(expert, expert.hidden(x), scale).tolist() == pytest.approx([3, LEAST_SENSITIVITY * 1.5])
+    assert output_sensitivity(expert, x, scale).tolist() == pytest.approx([3, LEAST_SENSITIVITY * 1.5])
 
 
 def test_an_expert_without_tokens_is_weighed_by_its_output_matrix():
-    expert = Expert(torch.ones(2, 3), torch.tensor([[3.0, 0.0], [4.0, 2.0]]))
-    none = torch.zeros(0, 2)
+    expert = switch_expert(torch.ones(2, 3), torch.tensor([[3.0, 0.0], [4.0, 2.0]]))
+    none = torch.zeros(0, 3)
     assert output_sensitivity(expert, none, torch.zeros(0, 1)).tolist() == pytest.approx([5, 2])
 
 
 def test_an_output_matrix_of_zeros_weighs_all_neurons_alike():
-    expert = Expert(torch.ones(2, 3), torch.zeros(3, 2))
-    assert output_sensitivity(expert, torch.ones(4, 2), torch.ones(4, 1)).tolist() == [1, 1]
+    expert = switch_expert(torch.ones(2, 3), torch.zeros(3, 2))
+    assert output_sensitivity(expert, torch.ones(4, 3), torch.ones(4, 1)).tolist() == [1, 1]
 
 
 @pytest.fixture(scope="module")
@@ -158,12 +159,14 @@ def test_wo_is_solved_again_for_the_hidden_activations_that_the_truncated_wi_giv
         truncated = stored_stack(after, f"{layer}.experts.wi")
         for g, members in enumerate(members_of(exact, layer)):
             inputs, gate, weights, held_out = tokens_by_hand(stats, layer, members)
-            expert = Expert(before[f"{layer}.experts.wi"][g], before[f"{layer}.experts.wo"][g])
-            targets = torch.stack([p * (expert.wo @ (expert.wi @ x).relu()) for p, x in zip(gate, inputs, strict=True)])
+            expert = switch_expert(before[f"{layer}.experts.wi"][g], before[f"{layer}.experts.wo"][g])
+            targets = torch.stack(
+                [p * (expert.output @ (expert.inputs["wi"] @ x).relu()) for p, x in zip(gate, inputs, strict=True)]
+            )
             refit = refit_output(
-                Expert(truncated[g], expert.wo), inputs, gate, targets, weights.double(), held_out
+                switch_expert(truncated[g], expert.output), inputs, gate, targets, weights.double(), held_out
             )  # fmt: skip
-            torch.testing.assert_close(after[f"{layer}.experts.wo"][g], refit.wo, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(after[f"{layer}.experts.wo"][g], refit.output, rtol=1e-3, atol=1e-4)
             entry = next(
                 m for m in report.matrices if (m["layer"], m["expert"], m["matrix"]) == (layer, g, "wo")
             )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msmoe.families import Expert
+from msmoe.layer.expert import Expert, switch_expert
 from msmoe.merge.align import match_weights
 from msmoe.merge.rebasin import match_many, objective
 
@@ -15,7 +15,7 @@ from msmoe.merge.rebasin import match_many, objective
 def random_expert(seed: int, num_hidden: int = 10, width: int = 4) -> Expert:
     generator = torch.Generator().manual_seed(seed)
     randn = lambda *shape: torch.randn(*shape, generator=generator)
-    return Expert(randn(num_hidden, width), randn(width, num_hidden))
+    return switch_expert(randn(num_hidden, width), randn(width, num_hidden))
 
 
 def order(seed: int, size: int = 10) -> torch.Tensor:
@@ -27,17 +27,17 @@ def copies(count: int, *, noise: float = 0.0, num_hidden: int = 40) -> list[Expe
     expert, members = random_expert(0, num_hidden), []
     for i in range(count):
         other = random_expert(100 + i, num_hidden)
-        copy = Expert(expert.wi + noise * other.wi, expert.wo + noise * other.wo)
+        copy = switch_expert(expert.inputs["wi"] + noise * other.inputs["wi"], expert.output + noise * other.output)
         members.append(copy.permuted(order(i, num_hidden)) if i else copy)
     return members
 
 
 def identity(members: list[Expert]) -> list[torch.Tensor]:
-    return [torch.arange(len(members[0].wi))] * len(members)
+    return [torch.arange(len(members[0].inputs["wi"]))] * len(members)
 
 
 def test_a_hand_worked_match():
-    straight = Expert(torch.tensor([[1.0], [5.0]]), torch.tensor([[1.0, 5.0]]))
+    straight = switch_expert(torch.tensor([[1.0], [5.0]]), torch.tensor([[1.0, 5.0]]))
     members = [straight, straight.permuted(torch.tensor([1, 0])), straight]
     permutations, _ = match_many(members)
     assert [p.tolist() for p in permutations] == [[0, 1], [1, 0], [0, 1]]
@@ -49,7 +49,10 @@ def test_the_objective_is_the_sum_over_pairs():
     members = [random_expert(s) for s in range(4)]
     permutations = [order(s) for s in range(4)]
     moved = [m.permuted(p) for m, p in zip(members, permutations, strict=True)]
-    pairs = sum(float((a.wi * b.wi).sum() + (a.wo * b.wo).sum()) for a, b in itertools.combinations(moved, 2))
+    pairs = sum(
+        float((a.inputs["wi"] * b.inputs["wi"]).sum() + (a.output * b.output).sum())
+        for a, b in itertools.combinations(moved, 2)
+    )
     assert objective(members, permutations) == pytest.approx(pairs, rel=1e-4)
 
 
@@ -58,8 +61,8 @@ def test_shuffled_copies_of_one_expert_all_line_up(count):
     members = copies(count)
     permutations, _ = match_many(members)
     for member, permutation in zip(members, permutations, strict=True):
-        assert torch.equal(member.permuted(permutation).wi, members[0].wi)
-        assert torch.equal(member.permuted(permutation).wo, members[0].wo)
+        assert torch.equal(member.permuted(permutation).inputs["wi"], members[0].inputs["wi"])
+        assert torch.equal(member.permuted(permutation).output, members[0].output)
 
 
 def test_noisy_shuffled_copies_all_line_up():
@@ -73,7 +76,7 @@ def test_noisy_shuffled_copies_all_line_up():
 def test_the_objective_never_falls(seed, count):
     members = [random_expert(seed + s) for s in range(count)]
     values = [objective(members, match_many(members, max_rounds=rounds)[0]) for rounds in range(6)]
-    tolerance = 1e-12 * sum(float(m.wi.square().sum() + m.wo.square().sum()) for m in members)
+    tolerance = 1e-12 * sum(float(m.inputs["wi"].square().sum() + m.output.square().sum()) for m in members)
     assert values[0] >= objective(members, identity(members)) - tolerance
     assert all(later >= earlier - tolerance for earlier, later in itertools.pairwise(values))
 
@@ -145,16 +148,16 @@ def test_the_order_of_noisy_copies_does_not_matter():
 
 def test_a_dead_member_does_not_disturb_the_others():
     members = copies(4)
-    dead = Expert(torch.zeros_like(members[0].wi), torch.zeros_like(members[0].wo))
+    dead = switch_expert(torch.zeros_like(members[0].inputs["wi"]), torch.zeros_like(members[0].output))
     permutations, _ = match_many([dead, *members])
     aligned = [m.permuted(p) for m, p in zip(members, permutations[1:], strict=True)]
-    assert all(torch.equal(expert.wi, aligned[0].wi) for expert in aligned)
+    assert all(torch.equal(expert.inputs["wi"], aligned[0].inputs["wi"]) for expert in aligned)
 
 
 @pytest.mark.parametrize("scale", [2.0**-30, 2.0**20])
 def test_the_scale_of_the_weights_does_not_matter(scale):
     members = [random_expert(s, 30) for s in range(5)]
     permutations, rounds = match_many(members)
-    scaled, scaled_rounds = match_many([Expert(m.wi * scale, m.wo * scale) for m in members])
+    scaled, scaled_rounds = match_many([switch_expert(m.inputs["wi"] * scale, m.output * scale) for m in members])
     assert rounds == scaled_rounds
     assert all(torch.equal(one, other) for one, other in zip(permutations, scaled, strict=True))

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msmoe.families import Expert
+from msmoe.layer.expert import Expert, switch_expert
 from msmoe.merge import zipit
 from msmoe.merge.align import match_activations
 from msmoe.merge.zipit import assemble, join_most_similar, similarities, zip_experts
@@ -17,7 +17,7 @@ F, D = 12, 6
 def random_expert(seed: int, num_hidden: int = F) -> Expert:
     generator = torch.Generator().manual_seed(seed)
     randn = lambda *shape: torch.randn(*shape, generator=generator)
-    return Expert(randn(num_hidden, D), randn(D, num_hidden))
+    return switch_expert(randn(num_hidden, D), randn(D, num_hidden))
 
 
 def random_inputs(count: int = 300) -> torch.Tensor:
@@ -33,17 +33,17 @@ def mixture(members: list[Expert], weights: list[float], x: torch.Tensor) -> tor
 
 
 def assert_equal(left: Expert, right: Expert):
-    assert torch.equal(left.wi, right.wi)
-    assert torch.equal(left.wo, right.wo)
+    assert torch.equal(left.inputs["wi"], right.inputs["wi"])
+    assert torch.equal(left.output, right.output)
 
 
 def test_a_hand_worked_assembly():
-    a = Expert(torch.tensor([[1.0], [2.0]]), torch.tensor([[4.0, 8.0]]))
-    b = Expert(torch.tensor([[5.0], [6.0]]), torch.tensor([[2.0, 4.0]]))
+    a = switch_expert(torch.tensor([[1.0], [2.0]]), torch.tensor([[4.0, 8.0]]))
+    b = switch_expert(torch.tensor([[5.0], [6.0]]), torch.tensor([[2.0, 4.0]]))
     zipped = assemble([a, b], [0.25, 0.75], torch.tensor([0, 0, 1, 0]))
     # {a0, a1, b1}: (0.25 * 1 + 0.25 * 2 + 0.75 * 6) / (0.25 + 0.25 + 0.75) = 5.25 / 1.25; {b0} keeps its row
-    torch.testing.assert_close(zipped.wi, torch.tensor([[4.2], [5.0]]))
-    torch.testing.assert_close(zipped.wo, torch.tensor([[6.0, 1.5]]))  # 0.25 * 4 + 0.25 * 8 + 0.75 * 4; 0.75 * 2
+    torch.testing.assert_close(zipped.inputs["wi"], torch.tensor([[4.2], [5.0]]))
+    torch.testing.assert_close(zipped.output, torch.tensor([[6.0, 1.5]]))  # 0.25 * 4 + 0.25 * 8 + 0.75 * 4; 0.75 * 2
 
 
 def test_the_assembly_is_the_product_with_merge_and_unmerge_matrices():
@@ -54,14 +54,17 @@ def test_the_assembly_is_the_product_with_merge_and_unmerge_matrices():
     merge /= merge.sum(1, keepdim=True)
     zipped = assemble(members, weights, clusters)
     torch.testing.assert_close(merge @ unmerge, torch.eye(int(clusters.max()) + 1))
-    torch.testing.assert_close(zipped.wi, merge @ torch.cat([m.wi for m in members]))
-    columns = torch.cat([w * m.wo for w, m in zip(weights, members, strict=True)], dim=1)
-    torch.testing.assert_close(zipped.wo, columns @ unmerge)
+    torch.testing.assert_close(zipped.inputs["wi"], merge @ torch.cat([m.inputs["wi"] for m in members]))
+    columns = torch.cat([w * m.output for w, m in zip(weights, members, strict=True)], dim=1)
+    torch.testing.assert_close(zipped.output, columns @ unmerge)
 
 
 def test_duplicate_neurons_inside_an_expert_join_without_loss():
     small = [random_expert(s, F // 2) for s in (0, 1)]
-    members = [Expert(m.wi.repeat(2, 1), torch.randn(D, F, generator=torch.Generator().manual_seed(5))) for m in small]
+    members = [
+        switch_expert(m.inputs["wi"].repeat(2, 1), torch.randn(D, F, generator=torch.Generator().manual_seed(5)))
+        for m in small
+    ]
     zipped, report = zip_experts(members, [0.25, 0.75], random_inputs())
     x = random_inputs()
     torch.testing.assert_close(zipped(x), mixture(members, [0.25, 0.75], x), rtol=1e-5, atol=1e-5)
@@ -83,7 +86,9 @@ def test_shuffled_copies_of_an_expert_give_that_expert_bit_for_bit(num_members, 
 @pytest.mark.parametrize("within", [True, False])
 def test_copies_with_dead_neurons_give_that_expert(within):
     expert, x = random_expert(0), random_inputs().abs()
-    expert.wi[[2, 3, 7]] = -expert.wi[[2, 3, 7]].abs()  # silent on positive inputs, told apart by their weights
+    expert.inputs["wi"][[2, 3, 7]] = -expert.inputs["wi"][
+        [2, 3, 7]
+    ].abs()  # silent on positive inputs, told apart by their weights
     zipped, _ = zip_experts([expert, expert.permuted(order(1))], [0.5, 0.5], x, within=within)
     assert_equal(zipped, expert)
 
@@ -91,10 +96,10 @@ def test_copies_with_dead_neurons_give_that_expert(within):
 def test_zero_neurons_give_no_nan():
     members = [random_expert(0), random_expert(1)]
     for member in members:
-        member.wi[:4], member.wo[:, 2:6] = 0.0, 0.0
+        member.inputs["wi"][:4], member.output[:, 2:6] = 0.0, 0.0
     zipped, _ = zip_experts(members, [0.5, 0.5], random_inputs())
-    assert zipped.wi.isfinite().all()
-    assert zipped.wo.isfinite().all()
+    assert zipped.inputs["wi"].isfinite().all()
+    assert zipped.output.isfinite().all()
 
 
 @pytest.mark.parametrize("num_members", [2, 3, 4, 7])
@@ -108,18 +113,23 @@ def test_without_joins_inside_an_expert_every_cluster_holds_one_unit_of_each(num
 
 def test_without_joins_inside_an_expert_it_is_the_activation_match():
     expert, other, x = random_expert(0), random_expert(1), random_inputs()
-    twin = Expert(expert.wi + 0.1 * other.wi, expert.wo + other.wo).permuted(order(2))
+    twin = switch_expert(expert.inputs["wi"] + 0.1 * other.inputs["wi"], expert.output + other.output).permuted(
+        order(2)
+    )
     aligned = twin.permuted(match_activations(expert, twin, x).permutation)
     zipped, _ = zip_experts([expert, twin], [0.5, 0.5], x, within=False)
-    torch.testing.assert_close(zipped.wi, (expert.wi + aligned.wi) / 2)
-    torch.testing.assert_close(zipped.wo, (expert.wo + aligned.wo) / 2)
+    torch.testing.assert_close(zipped.inputs["wi"], (expert.inputs["wi"] + aligned.inputs["wi"]) / 2)
+    torch.testing.assert_close(zipped.output, (expert.output + aligned.output) / 2)
 
 
 @pytest.mark.parametrize("within", [True, False])
 def test_a_single_neuron_is_reached(within):
     members = [random_expert(s, 1) for s in range(3)]
     zipped, _ = zip_experts(members, [0.2, 0.3, 0.5], random_inputs(), within=within)
-    torch.testing.assert_close(zipped.wi, 0.2 * members[0].wi + 0.3 * members[1].wi + 0.5 * members[2].wi)
+    torch.testing.assert_close(
+        zipped.inputs["wi"],
+        0.2 * members[0].inputs["wi"] + 0.3 * members[1].inputs["wi"] + 0.5 * members[2].inputs["wi"],
+    )
 
 
 def test_one_member_is_returned_bit_for_bit():
@@ -161,7 +171,9 @@ def test_parts_keep_the_weights_of_the_members(monkeypatch):
     monkeypatch.setattr(zipit, "MAX_UNITS", 2)
     members = [random_expert(s, 1) for s in range(3)]
     zipped, _ = zip_experts(members, [0.2, 0.3, 0.5], random_inputs())
-    torch.testing.assert_close(zipped.wo, 0.2 * members[0].wo + 0.3 * members[1].wo + 0.5 * members[2].wo)
+    torch.testing.assert_close(
+        zipped.output, 0.2 * members[0].output + 0.3 * members[1].output + 0.5 * members[2].output
+    )
 
 
 @pytest.mark.parametrize("damping", [-0.1, 1.5, float("nan")])
@@ -184,7 +196,7 @@ def test_units_that_do_not_vary_compare_by_weights_and_are_below_all_others():
     wi = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-3.0, 0.0], [-1.0, 0.0], [0.0, -1.0]])
     wo = torch.tensor([[1.0, 1.0, 0.0, 0.0, 1.0]])
     x = torch.tensor([[1.0, 1.0], [2.0, 1.0], [1.0, 2.0], [2.0, 2.0]])
-    similarity = similarities([Expert(wi, wo)], x, torch.ones(4).double())
+    similarity = similarities([switch_expert(wi, wo)], x, torch.ones(4).double())
     assert similarity[0, 1].item() == pytest.approx(0.0, abs=1e-6)  # the inputs are independent
     assert similarity[2, 3].item() == pytest.approx(0.5)  # (1 for wi + 0 for wo) / 2
     assert similarity[3, 4].item() == pytest.approx(0.0)

@@ -19,8 +19,9 @@ def dispatched(dropping_switch, dropping_stats):
     seen = []
     for e in range(6):
         wi, wo = (tensors[f"{LAYER}.experts.expert_{e}.{part}.weight"].double() for part in ("wi", "wo"))
-        x = sample.inputs[sample.expert == e].double()
-        seen.append(((x @ wi.T).relu() @ wo.T, sample.gate[sample.expert == e].double()))
+        rows, gate = sample.of(e)
+        x = sample.inputs[rows].double()
+        seen.append(((x @ wi.T).relu() @ wo.T, gate.double()))
     return seen
 
 

@@ -11,7 +11,8 @@ from scipy.optimize import linear_sum_assignment
 
 from msmoe.calibration.stats import LayerStats
 from msmoe.errors import UserError
-from msmoe.families import Expert
+from msmoe.layer.expert import switch_expert
+from msmoe.layer.routing import SoftmaxTop1
 from msmoe.layer.tokens import TokenSample
 from msmoe.planning.grouping import hierarchical
 from msmoe.planning.similarity import BASES, LayerView, gram_similarity, similarity, standardise, vector_similarity
@@ -24,7 +25,7 @@ def make_view(*, seed: int = 0, dead: tuple[int, ...] = ()) -> LayerView:
     generator = torch.Generator().manual_seed(seed)
     randn = lambda *shape: torch.randn(*shape, generator=generator)
     router, inputs = randn(E, D), randn(T, D)
-    experts = [Expert(randn(F, D), randn(D, F)) for _ in range(E)]
+    experts = [switch_expert(randn(F, D), randn(D, F)) for _ in range(E)]
     logits = inputs @ router.T
     alive = logits.clone()
     alive[:, list(dead)] = -torch.inf
@@ -42,12 +43,12 @@ def make_view(*, seed: int = 0, dead: tuple[int, ...] = ()) -> LayerView:
         input_abs_sum=chosen.T @ inputs.abs().double(),
         input_square_sum=chosen.T @ inputs.square().double(),
         sequence_counts=chosen.sum(0, keepdim=True).int(),
-        sample=TokenSample(inputs, expert, gate, keys, keys, keys, torch.empty(len(keys), 0)),
+        sample=TokenSample(inputs, expert[:, None], gate[:, None], keys, keys, keys, inputs[:, :0], inputs[:, :0]),
         sample_size=4096,
         gradient_gram=gradients @ gradients.T,
         weight_gradient_gram=gradients.abs() @ gradients.abs().T,
     )
-    return LayerView(stats, router, lambda e: experts[e])
+    return LayerView(stats, SoftmaxTop1(router), lambda e: experts[e])
 
 
 def permuted(view: LayerView, order: list[int]) -> LayerView:
@@ -59,7 +60,8 @@ def permuted(view: LayerView, order: list[int]) -> LayerView:
     sample = replace(stats.tokens(), expert=place[stats.tokens().expert])
     moved = {name: getattr(stats, name)[order] for name in vectors}
     moved |= {name: getattr(stats, name)[order][:, order] for name in grams}
-    return LayerView(replace(stats, **moved, sample=sample), view.router[order], lambda e: view.expert(order[e]))
+    stats = replace(stats, **moved, sample=sample)
+    return LayerView(stats, view.router.keeping(order), lambda e: view.expert(order[e]))
 
 
 @pytest.mark.parametrize("metric", ["cosine", "distance"])
@@ -101,18 +103,18 @@ def distance(x, y) -> float:
 
 def mean_of_routed(view, e, function=lambda x: x):
     sample = view.stats.tokens()
-    return function(sample.inputs[sample.expert == e]).mean(0)
+    return function(sample.inputs[sample.of(e)[0]]).mean(0)
 
 
 FEATURES = {
-    "router-logits": lambda view, e: view.stats.tokens().inputs @ view.router[e],
-    "router-weight": lambda view, e: view.router[e],
+    "router-logits": lambda view, e: view.stats.tokens().inputs @ view.router.rows[e],
+    "router-weight": lambda view, e: view.router.rows[e],
     "feature": mean_of_routed,
     "feature.abs": lambda view, e: mean_of_routed(view, e, torch.abs),
     "weight-feature": lambda view, e: (
-        view.expert(e).wi * view.stats.tokens().inputs[view.stats.tokens().expert == e].norm(dim=0)
+        view.expert(e).inputs["wi"] * view.stats.tokens().inputs[view.stats.tokens().expert == e].norm(dim=0)
     ),
-    "router-weight-feature": lambda view, e: view.router[e] * view.stats.tokens().inputs.norm(dim=0),
+    "router-weight-feature": lambda view, e: view.router.rows[e] * view.stats.tokens().inputs.norm(dim=0),
     "expert-output": lambda view, e: view.expert(e)(view.stats.tokens().inputs).mean(0),
 }
 
@@ -129,16 +131,16 @@ def test_vector_bases_equal_a_loop_over_pairs(base, metric):
 def test_weight_similarity_is_that_of_the_best_matched_pair():
     view = make_view()
     a, b = view.expert(0), view.expert(2)
-    products = (a.wi @ b.wi.T + a.wo.T @ b.wo).double()
+    products = (a.inputs["wi"] @ b.inputs["wi"].T + a.output.T @ b.output).double()
     rows, columns = linear_sum_assignment(products.numpy(), maximize=True)
-    norms = [sum(float(w.double().square().sum()) for w in expert) for expert in (a, b)]
+    norms = [sum(float(w.double().square().sum()) for w in expert.tensors) for expert in (a, b)]
     expected = (1 + float(products[rows, columns].sum()) / math.sqrt(norms[0] * norms[1])) / 2
     assert float(similarity(view, base="weight")[0, 2]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_permuted_copy_has_weight_similarity_one():
     view = make_view()
-    order = torch.randperm(len(view.expert(1).wi), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(view.expert(1).inputs["wi"]), generator=torch.Generator().manual_seed(0))
     copied = replace(view, expert=lambda e: view.expert(1).permuted(order) if e == 3 else view.expert(e))
     assert float(similarity(copied, base="weight")[1, 3]) == pytest.approx(1.0, abs=1e-6)
 
@@ -149,16 +151,16 @@ def test_mse_compares_the_average_of_a_pair_with_each_on_its_own_tokens():
     a, b = view.expert(1), view.expert(3)
     errors = []
     for e, expert in ((1, a), (3, b)):
-        x = sample.inputs[sample.expert == e]
-        y = (x @ expert.wi.T).relu() @ expert.wo.T
-        average = (x @ ((a.wi + b.wi) / 2).T).relu() @ ((a.wo + b.wo) / 2).T
+        x = sample.inputs[sample.of(e)[0]]
+        y = (x @ expert.inputs["wi"].T).relu() @ expert.output.T
+        average = (x @ ((a.inputs["wi"] + b.inputs["wi"]) / 2).T).relu() @ ((a.output + b.output) / 2).T
         errors.append(float((average - y).square().sum() / y.square().sum()))
     assert result[1, 3].item() == pytest.approx(1 / (1 + sum(errors) / 2), rel=1e-5)
 
 
 def hidden_correlation(view, i, j):
     x = view.stats.tokens().inputs
-    hidden = [(x @ view.expert(e).wi.T).relu() for e in (i, j)]
+    hidden = [(x @ view.expert(e).inputs["wi"].T).relu() for e in (i, j)]
     return torch.corrcoef(torch.cat(hidden, 1).T)[:F, F:].nan_to_num()
 
 
@@ -227,7 +229,7 @@ def test_distance_falls_as_vectors_move_apart():
 
 def test_equal_router_rows_have_similarity_one():
     view = make_view()
-    router = view.router.clone()
+    router = view.router.rows.clone()
     router[3] = router[0]
     assert similarity(replace(view, router=router), base="router-weight")[0, 3] == pytest.approx(1)
 
@@ -309,9 +311,9 @@ def test_token_similarity_is_the_mean_cosine_of_outputs_at_the_same_token():
 def test_ream_similarity_is_the_mean_of_its_two_halves():
     view = make_view()
     sample = view.stats.tokens()
-    probability = (sample.inputs @ view.router.T).softmax(-1)
+    probability = (sample.inputs @ view.router.rows.T).softmax(-1)
     gated = [(probability[:, e, None] * view.expert(e)(sample.inputs)).mean(0) for e in range(E)]
-    logits = (sample.inputs @ view.router.T).double()
+    logits = (sample.inputs @ view.router.rows.T).double()
     unit = logits / logits.norm(dim=0)
     largest = torch.cdist(unit.T, unit.T).max()
     matrix = similarity(view, base="ream")
@@ -328,6 +330,6 @@ def test_input_weight_similarity_sees_no_permutation():
     order = torch.randperm(F, generator=torch.Generator().manual_seed(3))
     moved = LayerView(view.stats, view.router, lambda e: expert.permuted(order) if e == 1 else view.expert(e))
     value = float(similarity(moved, base="input-weight")[0, 1])
-    cosine = float((expert.wi * expert.wi[order]).sum() / expert.wi.square().sum())
+    cosine = float((expert.inputs["wi"] * expert.inputs["wi"][order]).sum() / expert.inputs["wi"].square().sum())
     assert value == pytest.approx((1 + cosine) / 2, abs=1e-6)
     assert value < 0.99

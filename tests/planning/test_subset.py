@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny import LAYERS, load_tensors
 
-from msmoe.families import Expert
+from msmoe.layer.expert import Expert, switch_expert
+from msmoe.layer.routing import SoftmaxTop1
 from msmoe.planning.outputs import layer_outputs
 from msmoe.planning.subset import BEAM_WIDTH, SubsetErrors, best_subset
 
@@ -22,7 +23,7 @@ def make_errors(seed: int = 0, num_experts: int = E) -> tuple[SubsetErrors, torc
     generator = torch.Generator().manual_seed(seed)
     randn = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     x, rows = randn(T, D), randn(num_experts, D)
-    experts = [Expert(randn(F, D), randn(D, F)) for _ in range(num_experts)]
+    experts = [switch_expert(randn(F, D), randn(D, F)) for _ in range(num_experts)]
     outputs = torch.stack([e(x) for e in experts], dim=1)
     gate, chosen = (x @ rows.T).softmax(-1).max(-1)
     y = gate[:, None] * outputs[torch.arange(T), chosen]
@@ -107,12 +108,15 @@ def test_equal_subsets_go_to_the_lower_indices(max_subsets):
 def test_the_layers_own_numbers_are_those_of_its_experts(switch, stats):
     tensors, layer = load_tensors(switch), stats.layers[LAYER]
     part = lambda e, name: tensors[f"{LAYER}.experts.expert_{e}.{name}.weight"]
-    experts = [Expert(part(e, "wi"), part(e, "wo")) for e in range(6)]
+    experts = [switch_expert(part(e, "wi"), part(e, "wo")) for e in range(6)]
     rows = tensors[f"{LAYER}.router.classifier.weight"]
-    out = layer_outputs(layer, lambda x: x @ rows.T, lambda e: experts[e])
+    out = layer_outputs(layer, SoftmaxTop1(rows), lambda e: experts[e])
     sample = layer.tokens()
     y = torch.stack(
-        [g * experts[e](x[None])[0] for x, e, g in zip(sample.inputs, sample.expert, sample.gate, strict=True)]
+        [
+            g * experts[e](x[None])[0]
+            for x, e, g in zip(sample.inputs, sample.expert[:, 0], sample.gate[:, 0], strict=True)
+        ]
     )
     for e, expert in enumerate(experts):
         f = expert(sample.inputs)

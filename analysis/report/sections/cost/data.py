@@ -209,13 +209,13 @@ def rank_columns(cost: Cost, name: str, found: LayerError | None) -> dict[str, f
     """Mean stable ranks of a layer's experts before and after, measured, or before factorising from provenance."""
     columns = {}
     matrices = [m for m in cost.folder.provenance.get("factors", {}).get("matrices", ()) if m.get("layer") == name]
-    for matrix in ("wi", "wo"):
+    for matrix, part in (("wi", "front"), ("wo", "output")):
         mine = [m for m in matrices if m.get("matrix") == matrix]
         before, after = (mean(m.get(key) for m in mine) for key in ("stable_rank_before", "stable_rank"))
         if cost.folder.provenance.get("factors"):
             after = NAN  # the report is of the matrices before they were factorised
         if found and found.stable_rank_before and found.stable_rank_after:
-            before, after = getattr(found.stable_rank_before, matrix), getattr(found.stable_rank_after, matrix)
+            before, after = getattr(found.stable_rank_before, part), getattr(found.stable_rank_after, part)
         columns |= {f"{matrix}_before": before, f"{matrix}_after": after}
     return columns
 

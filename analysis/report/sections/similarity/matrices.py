@@ -147,12 +147,13 @@ def logit_similarity(gram_EE: np.ndarray) -> np.ndarray:
 def without_weights(layer: "LayerStats") -> "LayerView":
     import torch
 
+    from msmoe.layer.routing import SoftmaxTop1
     from msmoe.planning.similarity import LayerView
 
     def expert(index: int):
         raise UserError("the weights of the experts are not there")
 
-    return LayerView(layer, router=torch.zeros(layer.num_experts, 1), expert=expert)
+    return LayerView(layer, router=SoftmaxTop1(torch.zeros(layer.num_experts, 1)), expert=expert)
 
 
 def cluster(matrix: np.ndarray) -> Clustering:
