@@ -16,7 +16,7 @@ from msmoe.calibration.tokenization import tokenize
 from msmoe.cli import main
 from msmoe.demo import CALIBRATION, CHECKPOINT
 from msmoe.errors import UserError
-from msmoe.families import Routing
+from msmoe.layer.routing import Routed
 
 NAMES = ("news", "code", "law")
 HOSTILE = (
@@ -79,21 +79,20 @@ def run(monkeypatch, capsys):
 # What is counted
 
 
-def routing_to(experts: list[list[int]]) -> Routing:
-    """A router that sent the token at each place (B, S) to the expert given, of three."""
-    logits = torch.nn.functional.one_hot(torch.tensor(experts), 3).float()
-    shape = logits.shape[:2]
-    return Routing(torch.zeros(*shape, 2), logits, torch.ones(shape), torch.ones(shape, dtype=torch.bool))
+def update(recorder: LayerRecorder, experts: list[list[int]], valid: list[list[bool]], *others: torch.Tensor) -> None:
+    """Add a batch whose router sent the token at each place (B, S) to the expert given, of three."""
+    logits = torch.nn.functional.one_hot(torch.tensor(experts), 3).float()[torch.tensor(valid)]
+    inputs, ones = torch.zeros(len(logits), 2), torch.ones(len(logits), 1)
+    routed = Routed(inputs, logits.argmax(-1, keepdim=True), ones, logits, inputs, ones.bool())
+    recorder.update(routed, {}, torch.tensor(valid), *others)
 
 
 def test_routed_tokens_are_counted_for_the_domain_of_their_record():
     recorder = LayerRecorder(sample_size=8, seed=0, domains=["code", "news"])
-    valid = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
-    outputs = torch.zeros(3, 3, 2)
-    recorder.update(
-        routing_to([[0, 0, 2], [2, 1, 1], [2, 0, 0]]), outputs, valid, torch.tensor([5, 6, 7]), torch.tensor([1, 0, 1])
-    )
-    recorder.update(routing_to([[2, 2]]), outputs[:1, :2], valid[:1, :2], torch.tensor([8]), torch.tensor([0]))
+    valid = [[True, True, True], [True, False, False], [True, True, False]]
+    records, domains = torch.tensor([5, 6, 7]), torch.tensor([1, 0, 1])
+    update(recorder, [[0, 0, 2], [2, 1, 1], [2, 0, 0]], valid, records, domains)
+    update(recorder, [[2, 2]], [[True, True]], torch.tensor([8]), torch.tensor([0]))
     layer = recorder.stats()
     assert layer.domain_routed["news"].tolist() == [3, 0, 2]  # 0, 0, 2 of the first and 2, 0 of the third record
     assert layer.domain_routed["code"].tolist() == [0, 0, 3]  # 2 of the second, 2, 2 of the last
@@ -261,8 +260,8 @@ def test_a_side_without_domains_is_other_in_the_sum(domain_stats, dropping_stats
         assert_domains_sum_to_routed(total)
 
 
-def test_a_sum_without_domains_has_none(stats):
-    total = stats + stats
+def test_a_sum_without_domains_has_none(stats, switch, records, tmp_path):
+    total = stats + profile_small(switch, write_records(tmp_path / "d.jsonl", records[:9]))
     assert "domains" not in total.data
     assert not any(layer.domain_routed for layer in total.layers.values())
 

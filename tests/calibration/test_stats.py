@@ -6,32 +6,20 @@ import math
 
 import pytest
 import torch
-from tiny import profile_small, save_switch, write_records
+from tiny import load_tensors, profile_small, save_switch, write_records
 
-from msmoe.calibration.statistics import sort_rows
+from msmoe.calibration.statistics import STATISTICS, TENSORS, sort_rows
 from msmoe.calibration.stats import LayerStats, Stats
 from msmoe.checkpoint import Checkpoint
-from msmoe.errors import UserError
+from msmoe.errors import MsmoeWarning, UserError
 from msmoe.layer.tokens import TokenSample
 
 SUMS = ("gate_mass", "soft_mass", "router_logits_gram", "input_sum", "input_abs_sum", "input_square_sum")
 
 
-NOTHING = torch.zeros(0, dtype=torch.int64)
-EMPTY = TokenSample(
-    torch.zeros(0, 2),
-    NOTHING[:, None],
-    torch.zeros(0, 1),
-    NOTHING,
-    NOTHING,
-    NOTHING,
-    torch.zeros(0, 0),
-    torch.zeros(0, 0),
-)
-
-
 def hand_made(*, routed, dispatched, sequence_counts) -> LayerStats:
     num_experts = len(routed)
+    nothing, none = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0)
     sums = {name: torch.zeros(num_experts, dtype=torch.float64) for name in ("gate_mass", "soft_mass")}
     matrices = {name: torch.zeros(num_experts, 2, dtype=torch.float64) for name in SUMS[3:]}
     return LayerStats(
@@ -41,7 +29,7 @@ def hand_made(*, routed, dispatched, sequence_counts) -> LayerStats:
         router_logits_gram=torch.zeros(num_experts, num_experts, dtype=torch.float64),
         **matrices,
         sequence_counts=torch.tensor(sequence_counts, dtype=torch.int32),
-        sample=EMPTY,
+        sample=TokenSample(none[:, :0], nothing[:, None], none, nothing, nothing, nothing, none, none),
         sample_size=8,
     )
 
@@ -112,6 +100,56 @@ def test_statistics_of_different_checkpoints_do_not_add_up(stats, dropping_switc
     other = profile_small(save_switch(tmp_path / "other", seed=1), data)
     with pytest.raises(UserError, match="different checkpoints"):
         stats + other
+
+
+def test_statistics_are_not_added_to_themselves(stats, tmp_path):
+    stats.save(tmp_path / "stats")
+    for other in (stats, Stats.load(tmp_path / "stats")):
+        with pytest.raises(UserError, match="the same statistics: their sum would count every token twice"):
+            stats + other
+
+
+def test_a_part_that_two_sums_share_is_named(switch, records, tmp_path):
+    a, b, c = (
+        profile_small(switch, write_records(tmp_path / f"{i}.jsonl", records[start : start + 5]))
+        for i, start in enumerate((0, 5, 10))
+    )
+    with pytest.warns(MsmoeWarning, match=f"both sums hold the statistics {b.digest[:12]}: their tokens count twice"):
+        (a + b) + (b + c)
+
+
+def test_the_same_records_profiled_in_other_batches_are_noticed(stats, switch, data):
+    again = profile_small(switch, data, batch_size=3)
+    assert again.identity == stats.identity
+    if again.digest != stats.digest:  # rounding
+        with pytest.warns(MsmoeWarning, match="both statistics are of the same records of .*calibration.jsonl"):
+            stats + again
+
+
+def test_two_halves_together_have_the_identity_of_the_whole(dropping_switch, dropping_stats, records, tmp_path):
+    a, b = (
+        profile_small(dropping_switch, write_records(tmp_path / f"{i}.jsonl", part))
+        for i, part in enumerate((records[:15], records[15:]))
+    )
+    assert (a + b).identity == dropping_stats.identity
+    assert len({a.identity, b.identity, (a + b).identity}) == 3
+
+
+def test_attributes_files_and_sums_follow_from_the_table(stats, tmp_path):
+    """What a row says is what is in memory and on disk."""
+    stats.save(tmp_path / "stats")
+    tensors = load_tensors(tmp_path / "stats")
+    sizes = {"E": 6, "D": 16}
+    for name, layer in stats.layers.items():
+        for row in STATISTICS:
+            value = getattr(layer, row.name)
+            assert (f"{name}/{row.name}" in tensors) == (row.file == TENSORS and value is not None)
+            if value is not None:
+                assert str(value.dtype) == f"torch.{row.dtype}"
+                assert value.shape == tuple(sizes.get(axis, n) for axis, n in zip(row.axes, value.shape, strict=True))
+                assert row.is_signed or bool((value >= 0).all())
+            else:
+                assert row.is_optional
 
 
 def test_saved_statistics_load_to_the_same_values(stats, tmp_path):

@@ -59,12 +59,12 @@ def test_scores_do_not_depend_on_the_batches(name, switch, data, stats):
 
 @pytest.mark.parametrize("name", sorted(set(SCORES) - {"random", "ean-mean", "reap", "mone", "usage"}))
 def test_summed_scores_of_two_halves_add_up(name, stats):
-    twice = (stats + stats).layers[LAYER]
+    twice = stats.layers[LAYER] + stats.layers[LAYER]
     torch.testing.assert_close(score_experts(name, twice), 2 * score_experts(name, stats.layers[LAYER]))
 
 
 def test_mean_scores_of_the_same_data_twice_are_the_same(stats):
-    twice = (stats + stats).layers[LAYER]
+    twice = stats.layers[LAYER] + stats.layers[LAYER]
     for name in ("ean-mean", "reap", "mone"):
         torch.testing.assert_close(score_experts(name, twice), score_experts(name, stats.layers[LAYER]))
 
