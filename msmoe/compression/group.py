@@ -77,16 +77,16 @@ def merge_one(sources: Sources, layout: Export, layer: str, g: int) -> tuple[Exp
     parameters, group = sources.plan.parameters, sources.plan.layers[layer].groups[g]
     stats = sources.stats.layers[layer] if sources.stats else None
     load = lambda e: load_expert(sources.family, sources.checkpoint, layer, e)
-    refits = parameters.get("refit", "none") != "none" and len(group.members) > 1
+    refits = parameters.refit != "none" and len(group.members) > 1
     targets = GroupTargets(group, stats) if refits and stats else None
-    reference = 0 if parameters.get("align_to") == "first" else group.dominant
-    to_mean = parameters.get("align_to") == "mean" and parameters.get("align") != "none"
-    rule = parameters.get("rule", "average")
+    reference = 0 if parameters.align_to == "first" else group.dominant
+    to_mean = parameters.align_to == "mean" and parameters.align != "none"
+    rule = parameters.rule
     several = len(group.members) > 1
     alignment = {
         "reference": reference,
-        "alignment": parameters.get("align", "weight") if several and not to_mean else "none",
-        "canonical": parameters.get("canonical", False) and several,
+        "alignment": parameters.align if several and not to_mean else "none",
+        "canonical": parameters.canonical and several,
         "inputs": (lambda member: routed_inputs(stats, (member, reference))) if stats else None,
         "visit": targets.visit if targets else None,
     }

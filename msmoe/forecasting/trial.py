@@ -127,14 +127,14 @@ class Trial:
     def merged(self, plan: Plan, g: int) -> Expert:
         """What a group becomes, float32: as `merge_one`, with alignments and targets shared by all sizes."""
         group, parameters = plan.layers[self.layer.name].groups[g], plan.parameters
-        refits = parameters["refit"] != "none" and len(group.members) > 1
+        refits = parameters.refit != "none" and len(group.members) > 1
         if group.sole is not None and not refits:
             return self.experts[group.sole]
-        if parameters["rule"] != "average" or parameters["align_to"] == "mean" or parameters["canonical"]:
+        if parameters.rule != "average" or parameters.align_to == "mean" or parameters.canonical:
             sources = Sources(self.planner.family, self.planner.source, plan, self.planner.stats)
             return merge_one(sources, Export("exact", {}), self.layer.name, g)[0]
-        reference = 0 if parameters["align_to"] == "first" else group.dominant
-        load = lambda member: self.aligned(member, reference, parameters["align"])
+        reference = 0 if parameters.align_to == "first" else group.dominant
+        load = lambda member: self.aligned(member, reference, parameters.align)
         expert = merge_group(group.members, group.weights, load, reference=reference, alignment="none").expert
         return self.refit(expert, group) if refits else expert
 

@@ -155,7 +155,7 @@ def build_export(
     for name in checkpoint:
         if name not in handled:
             export.add_copy(checkpoint.spec(name), family.dense_name(name) if kind == "dense" else name)
-    copied = plan.parameters.get("refit", "none") == "none"
+    copied = plan.parameters.refit == "none"
     for layer in layers:
         if layer.name in sliced and kind != "dense":
             for key in (family.router_key(layer.name), family.router_bias_key(layer.name)):

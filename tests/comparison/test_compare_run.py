@@ -93,7 +93,7 @@ def test_all_methods_of_a_seed_read_the_same_calibration_data(compared):
 def test_a_choice_in_the_label_reaches_the_plan(compared):
     stored = Plan.load(compared[1] / "plans" / "seed-0" / "reap:others=nearest-3.json")
     assert stored.method == "reap"
-    assert stored.parameters["others"] == "nearest"
+    assert stored.parameters.others == "nearest"
 
 
 def test_recovery_moves_the_weights_of_the_full_model_as_well(compared):

@@ -80,7 +80,9 @@ def test_every_option_that_a_document_mentions_exists(document):
 
 def test_every_script_that_a_document_runs_exists():
     run = {
-        name for document in DOCUMENTS for name in re.findall(r"(?:python|bash) (scripts/\w+\.\w+)", text_of(document))
+        name
+        for document in DOCUMENTS
+        for name in re.findall(r"(?:python|bash) (scripts/[\w/]+\.\w+)", text_of(document))
     }
     assert len(run) > 8
     assert all((ROOT / name).is_file() for name in run)
