@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from msmoe.analysis.comparison_plots import FIGURES, write_figures
+from msmoe.analysis.comparison_figures import FIGURES, write_figures
 from msmoe.analysis.comparison_tables import comparison_csv, latex, latex_document, markdown
 from msmoe.analysis.cost_tables import cost_csv, cost_markdown
 

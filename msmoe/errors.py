@@ -1,15 +1,25 @@
 """The one exception that stands for a mistake of the caller, and the one way to warn."""
 
 import contextlib
+import difflib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 MAX_QUOTED = 400  # characters of another library's message
 
 
 class UserError(ValueError):
     """Input that cannot be used. The message names the thing, the value received and what is allowed."""
+
+
+def choose(kind: str, name: str, choices: Collection[str]) -> str:
+    """Return `name` if it is a choice; otherwise raise `UserError` with the list and the closest one."""
+    if name in choices:
+        return name
+    close = difflib.get_close_matches(str(name), list(choices), n=1)
+    hint = f" - did you mean {close[0]!r}?" if close else "."
+    raise UserError(f"unknown {kind} {name!r}{hint} Choose one of: {', '.join(choices)}")
 
 
 @contextlib.contextmanager

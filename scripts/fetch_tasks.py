@@ -30,14 +30,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "demo"))
+
 from demo_data import VALIDATION_SHARE, clean, normalise, unit_hash
 
 from msmoe.calibration.records import read_records
 from msmoe.demo import CALIBRATION
 from msmoe.demo import TASKS as DEMO_TASKS
-from msmoe.errors import UserError
+from msmoe.errors import UserError, choose
 from msmoe.files import write_whole
-from msmoe.planning.methods import choose
 
 FORMAT = "msmoe-tasks/1"
 SPLITS = ("train", "validation", "test")

@@ -10,6 +10,7 @@ from transformers import SwitchTransformersConfig, SwitchTransformersForConditio
 
 from msmoe.calibration.profile import profile
 from msmoe.compression.apply import apply
+from msmoe.planning.parameters import Parameters
 from msmoe.planning.plan import Group, LayerPlan, Plan
 from msmoe.planning.planner import plan as make_plan
 
@@ -102,7 +103,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 def plan_for(checkpoint, layers: dict[str, LayerPlan], **parameters) -> Plan:
     """A hand-made plan for an open checkpoint."""
     identity = {"model_type": checkpoint.model_type, "fingerprint": checkpoint.fingerprint}
-    return Plan("by-hand", {"align": "none", **parameters}, 0, identity, {}, layers)
+    return Plan("by-hand", Parameters(**{"align": "none", **parameters}), 0, identity, {}, layers)
 
 
 def layer_plan(num_experts: int, *groups: list[int]) -> LayerPlan:

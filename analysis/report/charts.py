@@ -79,19 +79,21 @@ def stack_of(name: str) -> str:
     return name.partition(".")[0]
 
 
-def to_spec(chart: alt.TopLevelMixin, *, title: str = "") -> dict[str, Any]:
+def to_spec(chart: alt.TopLevelMixin, *, title: str = "", reading: str = "") -> dict[str, Any]:
     """The Vega-Lite specification with the look of the house.
 
     Args:
         title: for a file: it stands above with the settings of the controls, on white, and a fixed width takes the
             place of the page's.
+        reading: what stands below the title in place of the settings.
     """
     with alt.data_transformers.enable(consolidate_datasets=True, max_rows=None):
         spec = chart.to_dict(validate=False)  # Vega-Lite itself will say what is wrong
     spec["config"] = THEME
     if title:
         spec["config"] = THEME | {"background": "white"}
-        spec["title"] = {"text": title, "subtitle": settings(spec), "subtitleColor": INK, "fontSize": 14, "offset": 12}
+        below = reading or settings(spec)
+        spec["title"] = {"text": title, "subtitle": below, "subtitleColor": INK, "fontSize": 14, "offset": 12}
         if spec.get("width") == "container":
             spec["width"] = STILL_WIDTH
     return spec

@@ -19,6 +19,7 @@ from msmoe.strict_json import finite, items, members, shown, text, whole
 FORMAT = "msmoe-stats/1"
 DOMAINS = "domain_routed"  # (domains, E), in the order of their names in stats.json
 GRADIENT = "output_gradient"  # of the sample; statistics without it are older or had no use for it
+CHANCE = "chance"  # of a token with several experts to be sampled
 ROUTER_INPUTS = "router_inputs"  # of the sample, where the router saw other inputs than the experts
 SAMPLE_SHAPES = {"inputs": "SD", "expert": "SK", "gate": "SK", "record": "S", "position": "S", "key": "S"}
 SAMPLE_INTEGERS = ("expert", "record", "position", "key")
@@ -68,7 +69,7 @@ class StoredLayer:
         prefix = f"{self.name}/sample/"
         with refused(self.file), safe_open(self.file, "np") as tensors:
             present = {name.removeprefix(prefix) for name in tensors.keys() if name.startswith(prefix)}  # noqa: SIM118
-            optional = [key for key in (GRADIENT, ROUTER_INPUTS) if key in present]
+            optional = [key for key in (GRADIENT, ROUTER_INPUTS, CHANCE) if key in present]
             found = {key: tensors.get_tensor(prefix + key) for key in (*SAMPLE_SHAPES, *optional)}
         found.setdefault(GRADIENT, np.empty((len(found["key"]), 0), np.float32))
         self._check_sample(found)
@@ -89,6 +90,8 @@ class StoredLayer:
         shapes = {key: axes if self.top_k > 1 else axes.replace("K", "") for key, axes in SAMPLE_SHAPES.items()}
         if ROUTER_INPUTS in found:
             shapes[ROUTER_INPUTS] = "SR"
+        if CHANCE in found:
+            shapes[CHANCE] = "SC"
         for key, axes in shapes.items():
             check_array(found[key], axes, sizes, f"{where}/{key}", is_integer=key in SAMPLE_INTEGERS)
         width = found[GRADIENT].shape[1] if found[GRADIENT].ndim == 2 else -1

@@ -1,9 +1,9 @@
 """`msmoe compare`"""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -42,7 +42,8 @@ GAP = 2  # blanks between columns
     "--experts",
     default="8,4,2",
     show_default=True,
-    help="Sizes: experts kept per layer by m-smoe. What it stores is the budget in bytes of every method.",
+    help="Sizes: experts kept per layer by m-smoe, or shares of them such as 25%. What it "
+    "stores is the budget in bytes of every method.",
 )
 @click.option(
     "--recover-steps",
@@ -95,11 +96,12 @@ def command(
     from msmoe.planning.methods import METHODS
 
     every = [name for name in METHODS if name not in REFERENCES]
+    sizes = split(experts, number_or_share, "--experts")
     names = [n for given in split(methods, str, "--methods") for n in (every if given == "all" else [given])]
     options = {"metric": metric} if metric else {}
     with kept_cells_named(out), progress("comparing") as update:
         results = compare(
-            checkpoint, out, data=data, tasks=tasks, methods=names, experts=split(experts, float, "--experts"),
+            checkpoint, out, data=data, tasks=tasks, methods=names, experts=sizes,
             recover_steps=tuple(split(recover_steps, int, "--recover-steps")), recover_data=recover_data,
             seeds=tuple(range(seeds)), processes=processes, samples=samples, token_sample=token_sample,
             max_examples=max_examples, explicit_metric=metric is not None, keep_layers=keep_layers or None, cost=cost,
@@ -125,7 +127,12 @@ def kept_cells_named(out: Path) -> Iterator[None]:
         raise
 
 
-def split(text: str, kind: type, option: str) -> list:
+def number_or_share(text: str) -> float | str:
+    """The number in a text; a percentage stays as it is."""
+    return text if text.endswith("%") else float(text)
+
+
+def split(text: str, kind: Callable[[str], Any], option: str) -> list:
     """The values of a comma-separated option.
 
     Raises:

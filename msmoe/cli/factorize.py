@@ -6,7 +6,6 @@ import click
 
 from msmoe.cli.console import console, print_json, progress, table
 from msmoe.cli.options import (
-    FACTOR_NAMES,
     FACTOR_OPTIONS,
     add_options,
     checkpoint_argument,
@@ -66,8 +65,9 @@ def command(
     Example: msmoe factorize switch-small --stats stats --rank 32 --keep-rows 0.10 --out switch-tiny
     """
     from msmoe.compression.factorize import factorize
+    from msmoe.planning.parameters import FACTOR_CHOICES
 
-    given = {name: options[name] for name in FACTOR_NAMES if options[name] is not None}
+    given = {name: options[name] for name in FACTOR_CHOICES if options[name] is not None}
     with progress("factorising") as update:
         report = factorize(
             checkpoint, out, stats=stats, refit=refit, keep_layers=list(keep_layers) or None, export=export,

@@ -1,7 +1,5 @@
 """`msmoe methods`"""
 
-from dataclasses import asdict
-
 import click
 
 from msmoe.cli.console import console, print_json, table
@@ -16,7 +14,8 @@ def command(as_json: bool) -> None:
     \b
     Example: msmoe methods
     """
-    from msmoe.planning.methods import CHOICES, METHODS, STATISTICS
+    from msmoe.planning.methods import METHODS
+    from msmoe.planning.parameters import CHOICES, STATISTICS
 
     if as_json:
         print_json(
@@ -26,7 +25,7 @@ def command(as_json: bool) -> None:
                     "summary": m.summary,
                     "source": m.source,
                     "needs": list(m.defaults.needs),
-                    "defaults": asdict(m.defaults),
+                    "defaults": m.defaults.to_dict(),
                 }
                 for m in METHODS.values()
             }

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from msmoe.errors import UserError
+from msmoe.planning.parameters import FACTOR_CHOICES, FIELDS, value_type
 from msmoe.units import parse_bytes
 
 AT_LEAST_ONE = click.IntRange(min=1)
@@ -116,16 +117,21 @@ PROFILE_OPTIONS = (
         "--max-target-length", type=AT_LEAST_ONE, default=128, show_default=True, help="Longer targets are cut."
     ),
 )
+
+
+def parameter_option(name: str) -> Callable:
+    """The option of a plan's parameter; None where it is not given."""
+    flag, about = "--" + name.replace("_", "-"), FIELDS[name].metadata
+    metavar, kind = about["metavar"] or None, value_type(name)
+    if kind is tuple:
+        return click.option(flag.removesuffix("s"), name, multiple=True, metavar=metavar, help=about["help"])
+    if kind is bool:
+        return click.option(f"{flag}/--no-{flag.removeprefix('--')}", default=None, help=about["help"])
+    return click.option(flag, type=str if metavar else kind, metavar=metavar, help=about["help"])
+
+
 PLAN_OPTIONS = (
-    click.option(
-        "--experts", metavar="N|SHARE", help="Experts kept per layer, on average: 4, or 25% of them; default 8."
-    ),
-    click.option(
-        "--target-size",
-        metavar="SIZE|SHARE",
-        help="In place of --experts: bytes of all weights written, such as 500MB, or 50% of the input's. Keeps the "
-        "most experts that fit; methods that factorise get the largest rank that fits.",
-    ),
+    *(parameter_option(name) for name in FIELDS if name not in FACTOR_CHOICES),
     click.option(
         "--round-to",
         type=int,
@@ -133,79 +139,8 @@ PLAN_OPTIONS = (
         help="Keep a multiple of so many experts in each layer, rounded up: 2, 4 or 8 devices can share multiples of 8 "
         "equally.",
     ),
-    click.option(
-        "--budget",
-        help="adaptive: layers whose usage is spread keep more (default); uniform: the same in every layer, which "
-        "--export native needs.",
-    ),
-    click.option(
-        "--keep-layer",
-        "keep_layers",
-        multiple=True,
-        metavar="NAME",
-        help="Leave this layer as it is (repeatable). Default: the first MoE layer of an encoder, no layer of a "
-        "decoder; 'none' keeps none.",
-    ),
-    click.option("--saliency", help="What makes an expert worth keeping, default usage; see `msmoe methods`."),
-    click.option(
-        "--others",
-        help="What becomes of the experts not kept: merge them (default of merging methods); remove them, the router "
-        "choosing among the kept ones (default of pruning methods); send their tokens to the nearest kept expert, at "
-        "the original gate value; or put their mean-output in their place.",
-    ),
-    click.option(
-        "--selection",
-        help="How pruning chooses: top scores, the subset that reproduces the layer best, or progressive, in steps.",
-    ),
-    click.option("--similarity", help="What makes experts similar, default router-logits; see `msmoe methods`."),
-    click.option("--metric", help="cosine (default), distance or euclidean."),
-    click.option("--grouping", help="dominant (default), centroids-first, hierarchical, kmeans, spectral or random."),
-    click.option("--group-capacity", type=int, help="Most members of a group, its dominant expert included."),
-    click.option(
-        "--weighting", help="Weights of a group's members: usage, uniform or saliency; default: the method's."
-    ),
-    click.option(
-        "--rule",
-        help="What a group becomes: average (default), fisher, zipit, repair, least-squares or union-svd.",
-    ),
-    click.option("--align", help="How neurons are matched before merging: weight (default), activation, ream or none."),
-    click.option(
-        "--align-to",
-        help="dominant: each group to its dominant expert (default); first: every expert to expert 0, as published; "
-        "mean: each member to the mean of the others, until none moves.",
-    ),
-    click.option("--canonical/--no-canonical", default=None, help="Scale ReLU neurons to equal norms before matching."),
-    click.option(
-        "--refit",
-        help="none, independent, or sequential (layer by layer on the inputs that compressed layers give; needs the "
-        "data at apply); default: the method's.",
-    ),
-    click.option(
-        "--routing",
-        help="original: all router rows and a map (default); dominant: the rows of the dominant experts only.",
-    ),
 )
-FACTOR_OPTIONS = (
-    click.option("--rank", type=int, help="Rank of every factorised matrix; default 32."),
-    click.option(
-        "--keep-rows", type=float, help="Share of the output rows whose remainder is stored exactly; default 0.10."
-    ),
-    click.option("--energy", type=float, help="In place of --rank: share of the singular-value energy to hold."),
-    click.option(
-        "--target-bytes",
-        type=int,
-        help="In place of --rank: bytes of all weights of the output, spent on ranks and rows where they lower the "
-        "output error most.",
-    ),
-    click.option("--target-ratio", type=float, help="The same, as a share of the bytes of the input checkpoint."),
-    click.option(
-        "--svd",
-        help="activation: weigh errors by what the experts saw (default with statistics); plain: as published.",
-    ),
-    click.option(
-        "--row-score", help="Rows kept: by output error (activation, default) or by size of the remainder (magnitude)."
-    ),
-)
+FACTOR_OPTIONS = tuple(parameter_option(name) for name in FACTOR_CHOICES)
 APPLY_OPTIONS = (
     click.option(
         "--export",
@@ -237,17 +172,10 @@ def add_options(options: tuple[Callable, ...]) -> Callable:
     return decorate
 
 
-FACTOR_NAMES = ("rank", "keep_rows", "energy", "target_bytes", "target_ratio", "svd", "row_score")
-
-
 def choices_of(arguments: dict) -> dict:
     """The plan options among a command's arguments, ready for `msmoe.plan`."""
-    names = (
-        "experts", "target_size", "round_to", "budget", "saliency", "others", "selection", "similarity", "metric",
-        "grouping", "group_capacity", "weighting", "rule", "align", "align_to", "canonical", "refit", "routing",
-        *FACTOR_NAMES,
-    )  # fmt: skip
-    return {name: arguments[name] for name in names} | {"keep_layers": list(arguments["keep_layers"]) or None}
+    chosen = {name: arguments[name] for name in (*FIELDS, "round_to")}
+    return chosen | {"keep_layers": list(arguments["keep_layers"]) or None}
 
 
 def check_output(path: Path, *, force: bool) -> None:

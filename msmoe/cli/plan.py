@@ -70,7 +70,7 @@ def command(
 def print_plan(plan) -> None:
     """The groups of every layer, dominant expert first, and the predicted size."""
     out = console()
-    others = plan.parameters.get("others", "merge")
+    others = plan.parameters.others
     what = "" if others == "merge" else f", experts not kept: {WORDS.get(others, others)}"
     rows = table("layer", "experts", "kept", title=f"Plan: {plan.method}{what}")
     rows.add_column("groups (dominant < members)", justify="left", overflow="fold")

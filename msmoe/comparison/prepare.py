@@ -120,7 +120,7 @@ def is_planned(file: Path, planner: Planner, layers: set[str], chosen: dict[str,
         plan = Plan.load(file)
     except UserError:  # damaged: it is made again
         return False
-    experts = plan.parameters.get("experts")
+    experts = plan.parameters.experts
     same_size = experts == chosen.get("experts", experts)
     return plan.stats.get("sha256") == planner.stats.digest and same_size and set(plan.layers) == layers
 

@@ -31,7 +31,8 @@ from msmoe.families import family_of
 from msmoe.files import locked, remove, write_whole
 from msmoe.places import check_apart
 from msmoe.planning.methods import METHODS, variant
-from msmoe.planning.planner import Planner, check_request
+from msmoe.planning.planner import Planner, check_request, resolve_kept_layers
+from msmoe.planning.sizes import count_of
 from msmoe.strict_json import without_nan
 
 FORMAT = "msmoe-comparison/1"
@@ -49,7 +50,7 @@ def compare(
     data: str | Path,
     tasks: str | Path | Sequence[str | Path],
     methods: str | Sequence[str],
-    experts: float | Sequence[float],
+    experts: float | str | Sequence[float | str],
     seeds: int | Sequence[int] = 3,
     recover_steps: int | Sequence[int] = (0,),
     processes: int = 1,
@@ -71,7 +72,8 @@ def compare(
         out: folder for everything; `resume` adds to it what is new, `force` starts it over.
         data: calibration data; tasks: task files or folders of them.
         methods: keys of `METHODS`, perhaps with choices of their own: `reap:others=nearest`.
-        experts: sizes, as experts per compressible layer of m-smoe, whose bytes are the budget of all.
+        experts: sizes, as experts per compressible layer of m-smoe, whose bytes are the budget of all; or shares of
+            the experts such as `"25%"`.
         seeds: of everything random, or how many.
         recover_steps: lengths of the recovery that follows, 0 for none.
         processes: cells measured at the same time; they share the cores.
@@ -92,7 +94,7 @@ def compare(
         raise UserError("--methods names no method to compare with the references")
     settings = Settings(
         methods=tuple(dict.fromkeys([*REFERENCES, *listed(methods)])),
-        experts=tuple(map(float, listed(experts))),
+        experts=numbers_of_experts(checkpoint, listed(experts), options.get("keep_layers")),
         seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
         recover_steps=listed(recover_steps),
         **options,
@@ -173,6 +175,20 @@ def removed_if_nothing_is_done(out: Path) -> Iterator[None]:
 def listed(values: Any) -> tuple:
     """A single value as a sequence of one."""
     return (values,) if isinstance(values, int | float | str | Path) else tuple(values)
+
+
+def numbers_of_experts(
+    checkpoint: str | Path, sizes: Sequence[float | str], keep_layers: Sequence[str] | None
+) -> tuple[float, ...]:
+    """The sizes with a number in the place of every share; a checkpoint without shares is not opened."""
+    if not any(isinstance(size, str) for size in sizes):
+        return tuple(map(float, sizes))
+    source = Checkpoint(checkpoint)
+    family = family_of(source)
+    layers = family.layers(source)
+    kept = resolve_kept_layers(family, layers, None if keep_layers is None else list(keep_layers))
+    compressible = [layer for layer in layers if layer.name not in kept]
+    return tuple(count_of(str(size), compressible, METHODS["m-smoe"].defaults) for size in sizes)
 
 
 def check_methods(source: Checkpoint, settings: Settings) -> None:

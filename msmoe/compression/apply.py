@@ -26,7 +26,7 @@ from msmoe.compression.provenance import capacity_drop_rates, write_metadata
 from msmoe.compression.refitting import RefitTokens, refit_layers, stored_rows
 from msmoe.compression.router import ROUTERS, RouterFit, reduce_router
 from msmoe.compression.sequential import merge_sequentially
-from msmoe.errors import UserError
+from msmoe.errors import UserError, choose
 from msmoe.families import Family, family_of
 from msmoe.families.loading import check_complete
 from msmoe.files import Output
@@ -37,7 +37,6 @@ from msmoe.layer.expert import Expert
 from msmoe.lowrank.options import SIZES, FactorOptions
 from msmoe.merge import RULES
 from msmoe.places import CHECKPOINT, check_place
-from msmoe.planning.methods import check_parameters, choose, factor_options
 from msmoe.planning.plan import Plan
 from msmoe.planning.planner import predict
 from msmoe.planning.scores import mean_output
@@ -133,7 +132,7 @@ def apply(
     check_complete(source)
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     plan.check_against(source, family.layers(source))
-    check_parameters(plan.parameters)
+    plan.parameters.check()
     choose("router", router, ROUTERS)
     export = choose("export", export or family.exports[0], EXPORTS)
     plan = predict(family, source, plan, export=export)
@@ -141,7 +140,7 @@ def apply(
         "data": data, "export": export, "router": router, "max_shard_bytes": max_shard_bytes, "workers": workers,
         "progress": progress,
     }  # fmt: skip
-    options = factor_options(plan.parameters)
+    options = plan.parameters.factors
     if options is not None and stats is None:
         raise UserError("this plan needs --stats to factorise the merged experts")
     with Output(out, CHECKPOINT, force=force, resume=resume, inputs=inputs) as output:
@@ -203,9 +202,9 @@ def merge(
     """Write the merged checkpoint of a checked plan."""
     layout = build_export(export, family, source, plan)
     stats = load_needed_stats(plan, layout, stats, source, router)
-    if plan.parameters.get("refit") == "sequential" and export == "dense":
+    if plan.parameters.refit == "sequential" and export == "dense":
         raise UserError("--refit sequential does not work with --export dense: the gate is folded away")
-    if plan.parameters.get("refit") == "sequential" and data is None and layout.merged:
+    if plan.parameters.refit == "sequential" and data is None and layout.merged:
         raise UserError("this plan refits layer by layer: give the calibration data with --data")
     identity = json.dumps([plan.to_json(), source.fingerprint, export, router, stats.digest if stats else None])
     sources = Sources(family, source, plan, stats)
@@ -237,7 +236,7 @@ def merge(
 
 def without_factors(plan: Plan) -> Plan:
     """The merging half of a plan that merges and factorises."""
-    return replace(plan, parameters=plan.parameters | dict.fromkeys(SIZES))
+    return replace(plan, parameters=replace(plan.parameters, **dict.fromkeys(SIZES)))
 
 
 def is_finished(merged: Path, plan: Plan, router: str) -> bool:
@@ -259,9 +258,9 @@ def load_needed_stats(
     plan: Plan, layout: Layout, stats: Stats | str | Path | None, source: Checkpoint, router: str
 ) -> Stats | None:
     """The statistics, checked against plan and checkpoint; None where nothing needs them."""
-    alignment, rule = plan.parameters.get("align"), plan.parameters.get("rule", "average")
+    alignment, rule = plan.parameters.align, plan.parameters.rule
     needs = [
-        (plan.parameters.get("refit", "none") != "none" and bool(layout.merged), "its refit"),
+        (plan.parameters.refit != "none" and bool(layout.merged), "its refit"),
         (alignment in ("activation", "ream") and bool(layout.merged), f"{alignment} alignment"),
         (RULES[rule].needs_tokens and bool(layout.merged), f"the {rule} rule"),
         (bool(layout.constants), "the mean outputs"),
@@ -331,7 +330,7 @@ def merge_groups(
     """Merge every group whose tensors are not written yet; yields (layer, group, expert, report) in plan order."""
     pending = [key for key, parts in layout.merged.items() if not {part.key for part in parts} <= done]
     rows = {layer: stored_rows(layout, layer, fit.rows) for layer, fit in routers.items()}
-    refit = sources.plan.parameters.get("refit", "none")
+    refit = sources.plan.parameters.refit
     if refit == "sequential" and pending:
         assert data is not None
         pending = list(layout.merged)

@@ -32,6 +32,7 @@ from msmoe.lowrank.measures import stable_rank
 from msmoe.lowrank.options import DEFAULT_RANK, SIZES, FactorOptions
 from msmoe.lowrank.shapes import FactorShape, LayerFactors
 from msmoe.places import CHECKPOINT
+from msmoe.planning.parameters import Parameters
 from msmoe.planning.plan import LayerPlan, Plan
 from msmoe.workers import Progress, in_order
 
@@ -348,5 +349,6 @@ def output_plan(plan: Plan | None, source: Checkpoint, family: Family, options: 
         return replace(Plan.load(source.path / "plan.json"), predicted=predicted)
     layers = {n.name: LayerPlan.identity(n.num_experts) for n, _ in family.stored_layers(source)}
     checkpoint = {"model_type": source.model_type, "fingerprint": source.fingerprint}
-    parameters = asdict(options) | {"refit": "independent" if options.refit else "none"}
+    chosen = asdict(options) | {"refit": "independent" if options.refit else "none"}
+    parameters = Parameters.from_dict(chosen, "parameters")
     return Plan("factorize", parameters, 0, checkpoint, {}, layers, predicted)

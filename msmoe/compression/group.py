@@ -70,7 +70,7 @@ def merge_one(sources: Sources, layout: Layout, layer: str, g: int) -> tuple[Exp
     group = plan.groups[g]
     stats = sources.stats.layers[layer] if sources.stats else None
     several = len(group.members) > 1
-    canonical = parameters.get("canonical", False) and several
+    canonical = parameters.canonical and several
 
     def load(e: int) -> Expert:
         expert = sources.family.load_expert(sources.checkpoint, layer, e)
@@ -79,12 +79,12 @@ def merge_one(sources: Sources, layout: Layout, layer: str, g: int) -> tuple[Exp
                             f"activation {expert.activation.name}")  # fmt: skip
         return expert
 
-    reference = 0 if parameters.get("align_to") == "first" else group.dominant
-    to_mean = parameters.get("align_to") == "mean" and parameters.get("align") != "none"
-    rule = parameters.get("rule", "average")
+    reference = 0 if parameters.align_to == "first" else group.dominant
+    to_mean = parameters.align_to == "mean" and parameters.align != "none"
+    rule = parameters.rule
     alignment = {
         "reference": reference,
-        "alignment": parameters.get("align", "weight") if several and not to_mean else "none",
+        "alignment": parameters.align if several and not to_mean else "none",
         "canonical": canonical,
         "inputs": (lambda member: routed_inputs(stats, (member, reference))) if stats else None,
     }

@@ -25,6 +25,7 @@ from msmoe.layer.layer import Layer
 from msmoe.layer.routing import Routing
 from msmoe.lowrank.measures import stable_rank
 from msmoe.merge import RULES
+from msmoe.planning.parameters import Parameters
 from msmoe.planning.plan import Plan
 from msmoe.workers import Progress
 
@@ -197,11 +198,11 @@ def check_layers(source: Checkpoint, family: Family, target: Checkpoint, stored_
 def computed_from(target: Checkpoint, plan: Plan | None, stats: Stats) -> bool:
     """Whether weights, mean outputs or routers were solved for, or weighed by, tokens of these statistics."""
     about = read_provenance(target)
-    parameters = plan.parameters if plan else {}
-    rule = RULES.get(parameters.get("rule", "average"))
+    parameters = plan.parameters if plan else Parameters()
+    rule = RULES.get(parameters.rule)
     merging_does = (
-        parameters.get("refit", "none") != "none"
-        or parameters.get("others") == "mean-output"
+        parameters.refit != "none"
+        or parameters.others == "mean-output"
         or (rule is not None and rule.needs_tokens)
         or bool(about.get("routers"))
     )

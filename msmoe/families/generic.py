@@ -49,6 +49,10 @@ class GenericFamily:
     def is_exact(self, checkpoint: Checkpoint) -> bool:
         return "msmoe" in checkpoint.config
 
+    def keeps_routing(self, checkpoint: Checkpoint) -> bool:
+        blocks = checkpoint.config["msmoe"]["blocks"].values()
+        return not any("rows" in block or "constants" in block for block in blocks)
+
     def discover(self, checkpoint: Checkpoint) -> Discovery:
         """What is known of a checkpoint from its configuration and headers; remembered as long as it is open.
 

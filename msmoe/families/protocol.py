@@ -146,6 +146,10 @@ class Family(Protocol):
         """Whether a checkpoint is an `exact` export."""
         ...
 
+    def keeps_routing(self, checkpoint: Checkpoint) -> bool:
+        """Whether the routers of an `exact` export have all their rows, and lead to experts alone."""
+        ...
+
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise `UserError` for a configuration or shapes that no model can have; reads headers and maps only."""
         ...

@@ -66,6 +66,9 @@ class SwitchFamily:
     def is_exact(self, checkpoint: Checkpoint) -> bool:
         return checkpoint.model_type == self.compressed_model_type
 
+    def keeps_routing(self, checkpoint: Checkpoint) -> bool:
+        return not (checkpoint.config.get("router_rows") or checkpoint.config.get("constants"))
+
     def check(self, checkpoint: Checkpoint) -> None:
         check_config(checkpoint)
         check_shapes(checkpoint)

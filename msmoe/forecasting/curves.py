@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from msmoe.errors import UserError
-from msmoe.planning.methods import choose
+from msmoe.errors import UserError, choose
 
 FLAT = 1e-6  # a smaller range of errors is rounding
 BEND = 0.1  # of the range of errors: a curve closer to its chord is straight

@@ -123,7 +123,7 @@ class Trial:
             expert=stored.__getitem__,
             constants=means.float(),
         )
-        tokens = self.tokens(layer) if plan.parameters["refit"] != "none" else None
+        tokens = self.tokens(layer) if plan.parameters.refit != "none" else None
         is_rerouted = not layer.router.equals(self.original.router)
         merged = [self.merged(plan, g) for g in layer_plan.stored_order]
         if tokens is not None:
@@ -146,11 +146,11 @@ class Trial:
         group, parameters = plan.layers[self.layer.name].groups[g], plan.parameters
         if group.sole is not None:
             return self.experts[group.sole]
-        if parameters["rule"] != "average" or parameters["align_to"] == "mean" or parameters["canonical"]:
+        if parameters.rule != "average" or parameters.align_to == "mean" or parameters.canonical:
             sources = Sources(self.planner.family, self.planner.source, plan, self.planner.stats)
             return merge_one(sources, Layout("exact", {}), self.layer.name, g)[0]
-        reference = 0 if parameters["align_to"] == "first" else group.dominant
-        load = lambda member: self.aligned(member, reference, parameters["align"])
+        reference = 0 if parameters.align_to == "first" else group.dominant
+        load = lambda member: self.aligned(member, reference, parameters.align)
         return merge_group(group.members, group.weights, load, reference=reference, alignment="none").expert
 
     def aligned(self, member: int, reference: int, alignment: Alignment) -> Expert:

@@ -13,6 +13,7 @@ from msmoe.families.protocol import ExactShape, Family, MoELayer
 from msmoe.formats.layout import Layout, copies_between, expert_tensors
 from msmoe.layer.stored import StoredPart
 from msmoe.lowrank.shapes import LayerFactors
+from msmoe.planning.parameters import Parameters
 from msmoe.planning.plan import LayerPlan, Plan, Routes
 
 EXPORTS = ("exact", "native", "dense")
@@ -67,7 +68,7 @@ def build_export(
     layers = family.layers(checkpoint)
     plans = {layer.name: plan.layers.get(layer.name) or LayerPlan.identity(layer.num_experts) for layer in layers}
     routes = {name: layer_plan.routes(plan.parameters) for name, layer_plan in plans.items()}
-    refits = plan.parameters.get("refit", "none") != "none"
+    refits = plan.parameters.refit != "none"
     request = Request(family, checkpoint, layers, plans, routes, factors or {}, refits)
     family.check_export(checkpoint, kind, request.rows if kind == "exact" else request.dominant)
     if kind != "exact" and any(route.constants for route in routes.values()):
@@ -79,7 +80,7 @@ def identity_export(family: Family, checkpoint: Checkpoint, *, factors: dict[str
     """Lay out an export that keeps every expert of an original checkpoint, some matrices of them factorised."""
     layers = family.layers(checkpoint)
     plans = {layer.name: LayerPlan.identity(layer.num_experts) for layer in layers}
-    routes = {name: plan.routes({}) for name, plan in plans.items()}
+    routes = {name: plan.routes(Parameters()) for name, plan in plans.items()}
     return exact(Request(family, checkpoint, layers, plans, routes, factors, refits=False))
 
 

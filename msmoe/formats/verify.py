@@ -53,7 +53,7 @@ def has_reference(original: Path, compressed: Path) -> bool:
     family = find_family(target)
     if family is None or not family.is_exact(target):
         return False
-    changed = bool(target.config.get("router_rows") or target.config.get("constants"))
+    changed = not family.keeps_routing(target)
     origin = find_family(source)
     is_original = origin is not None and not origin.is_exact(source)
     return is_original and not changed and 4 * source.num_parameters <= TRIED_BYTES

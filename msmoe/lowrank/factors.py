@@ -3,16 +3,14 @@
 Shapes: G experts, O outputs, I inputs, R rank, K kept rows.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from msmoe.lowrank.decompose import Decomposition
+from msmoe.lowrank.options import RowScore
 from msmoe.lowrank.shapes import FactorShape
-
-RowScore = Literal["activation", "magnitude"]
-ROW_SCORES: tuple[RowScore, ...] = ("activation", "magnitude")
 
 
 class Factors(NamedTuple):

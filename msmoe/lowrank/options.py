@@ -1,11 +1,12 @@
 """How experts are factorised: the choices of a user, checked."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from msmoe.errors import UserError
-from msmoe.lowrank.factors import ROW_SCORES
 
+RowScore = Literal["activation", "magnitude"]
+ROW_SCORES = get_args(RowScore)
 DEFAULT_RANK, DEFAULT_KEEP_ROWS = 32, 0.10
 SIZES = ("rank", "energy", "target_bytes", "target_ratio")
 
@@ -32,7 +33,7 @@ class FactorOptions:
     target_bytes: int | None = None
     target_ratio: float | None = None
     svd: Literal["activation", "plain"] | None = None
-    row_score: Literal["activation", "magnitude"] = "activation"
+    row_score: RowScore = "activation"
     refit: bool | None = None
 
     @property

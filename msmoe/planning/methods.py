@@ -1,122 +1,22 @@
 """The table of methods. A method is a row: which experts are kept, what becomes of the others, and what follows.
 
-A new method is a row here, with a function of its own in `prune/`, `similarity.py`, `grouping.py` or `merge/` where no
-existing one does.
+A new method is a row here, with a function of its own in `scores.py`, `similarity.py`, `grouping.py` or `merge/` where
+no existing one does.
 """
 
-import difflib
 import json
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from msmoe.calibration.stats import LayerStats
-from msmoe.errors import UserError
-from msmoe.lowrank.factors import ROW_SCORES
-from msmoe.lowrank.options import DEFAULT_KEEP_ROWS, DEFAULT_RANK, SIZES, FactorOptions
-from msmoe.merge import RULES
-from msmoe.merge.align import Alignment
-from msmoe.planning.grouping import GROUPINGS, Budget
-from msmoe.planning.scores import SCORES
-from msmoe.planning.similarity import BASES, Metric
+from msmoe.errors import UserError, choose
+from msmoe.lowrank.options import DEFAULT_RANK, SIZES
+from msmoe.planning.parameters import METHOD_CHOICES, STATISTICS, Parameters
 
-Refitting = Literal["none", "independent", "sequential"]
-Others = Literal["merge", "remove", "nearest", "mean-output"]
+if TYPE_CHECKING:
+    from msmoe.calibration.stats import LayerStats
+
 Kind = Literal["reference", "pruning", "merging", "clustering"]
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Choices of a plan; they are stored in it and decide everything that `apply` does.
-
-    Attributes:
-        experts: experts kept per compressible layer, on average.
-        budget: `adaptive` gives more to layers whose scores are spread, `uniform` the same to all.
-        saliency: what makes an expert worth keeping, a key of `msmoe.prune.SCORES`.
-        others: what becomes of the experts that are not kept: `merge` them into groups; `remove` them, so that the
-            router chooses among the kept ones; send their tokens to the `nearest` kept expert at the original gate
-            value; or put their `mean-output` in their place.
-        selection: how a pruning method chooses: the `top` scores, the `subset` that reproduces the layer best, or a
-            `progressive` schedule.
-        similarity: a key of `msmoe.planning.similarity.BASES`; metric: `cosine`, `distance` or `euclidean`.
-        grouping: a key of `msmoe.planning.grouping.GROUPINGS`; group_capacity: most members of a group.
-        weighting: `usage`, `uniform`, or the `saliency`.
-        rule: what the aligned members of a group become, a key of `msmoe.merge.RULES`.
-        align: how neurons are matched; align_to: the group's `dominant` expert, the `first` of the layer, or the `mean`
-            of the other members, in turn until nothing moves.
-        canonical: scale ReLU neurons to a canonical form before matching and averaging.
-        refit: re-solve `wo` on calibration tokens for the routing that the compressed layer does, each layer by itself
-            or in order; and again after factorising.
-        routing: `original` rows with a map to the groups, or the rows of the `dominant` experts only.
-        rank, keep_rows, energy, target_bytes, target_ratio, svd, row_score: factorise the merged experts, if a rank,
-            an energy or a target is given; see `msmoe.lowrank.options.FactorOptions`. `target_ratio` is of the
-            original's bytes.
-    """
-
-    experts: float = 8
-    budget: Budget = "adaptive"
-    saliency: str = "usage"
-    others: Others = "merge"
-    selection: Literal["top", "subset", "progressive"] = "top"
-    similarity: str = "router-logits"
-    metric: Metric = "cosine"
-    grouping: str = "dominant"
-    group_capacity: int | None = None
-    weighting: Literal["usage", "uniform", "saliency"] = "usage"
-    rule: str = "average"
-    align: Alignment = "weight"
-    align_to: Literal["dominant", "first", "mean"] = "dominant"
-    canonical: bool = False
-    refit: Refitting = "none"
-    routing: Literal["original", "dominant"] = "original"
-    rank: int | None = None
-    keep_rows: float = DEFAULT_KEEP_ROWS
-    energy: float | None = None
-    target_bytes: int | None = None
-    target_ratio: float | None = None
-    svd: Literal["activation", "plain"] = "activation"
-    row_score: Literal["activation", "magnitude"] = "activation"
-
-    @property
-    def loses_rows(self) -> bool:
-        """Whether routers lose the rows of experts that are not kept, whatever the export."""
-        return self.routing == "dominant" or self.others == "remove"
-
-    @property
-    def factors(self) -> FactorOptions | None:
-        """How the merged experts are factorised; None if they are not."""
-        if all(getattr(self, name) is None for name in SIZES):
-            return None
-        names = ("keep_rows", "svd", "row_score", *SIZES)
-        chosen = FactorOptions(**{name: getattr(self, name) for name in names}, refit=self.refit != "none")
-        return chosen.resolve(has_stats=True)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Statistics beyond routing counts, keys of `STATISTICS`."""
-        needed = {
-            "expert outputs": self.saliency in OUTPUT_SCORES or self.others == "mean-output",
-            "token sample": self.similarity in SAMPLE_BASES
-            or self.selection != "top"
-            or self.refit != "none"
-            or RULES[self.rule].needs_tokens
-            or self.align in ("activation", "ream")
-            or self.factors is not None,
-            "output gradients": RULES[self.rule].needs_gradients,
-            "weight gradients": self.similarity in ("gradient", "weight-gradient"),
-        }
-        return tuple(name for name, is_needed in needed.items() if is_needed)
-
-
-OUTPUT_SCORES = ("ean-sum", "ean-mean", "weighted-ean", "reap", "mone")
-SAMPLE_BASES = (
-    "mse", "expert-output", "expert-output-token", "ream", "feature-correlation.lsa", "feature-correlation.max",
-)  # fmt: skip
-STATISTICS = {  # what a method may need -> how it is collected
-    "expert outputs": "always collected by `msmoe profile`",
-    "token sample": "always collected by `msmoe profile`; --token-sample sets its size",
-    "output gradients": "`msmoe profile --fisher 64`",
-    "weight gradients": "`msmoe profile --gradients`",
-}
+REROUTING = ("remove", "mean-output")  # of `others`: tokens of the experts not kept meet no stored expert of theirs
 
 
 @dataclass(frozen=True)
@@ -324,32 +224,6 @@ METHODS = {
         ),
     )
 }  # fmt: skip
-CHOICES = {
-    "budget": ("adaptive", "uniform"),
-    "saliency": tuple(SCORES),
-    "others": ("merge", "remove", "nearest", "mean-output"),
-    "selection": ("top", "subset", "progressive"),
-    "similarity": tuple(BASES),
-    "metric": ("cosine", "distance", "euclidean"),
-    "grouping": tuple(GROUPINGS),
-    "weighting": ("usage", "uniform", "saliency"),
-    "rule": tuple(RULES),
-    "align": ("weight", "activation", "ream", "none"),
-    "align_to": ("dominant", "first", "mean"),
-    "refit": ("none", "independent", "sequential"),
-    "routing": ("original", "dominant"),
-    "svd": ("activation", "plain"),
-    "row_score": ROW_SCORES,
-}
-
-
-def choose(kind: str, name: str, choices: "tuple[str, ...] | dict") -> str:
-    """Return `name` if it is a choice; otherwise raise `UserError` with the list and the closest one."""
-    if name in choices:
-        return name
-    close = difflib.get_close_matches(str(name), list(choices), n=1)
-    hint = f" - did you mean {close[0]!r}?" if close else "."
-    raise UserError(f"unknown {kind} {name!r}{hint} Choose one of: {', '.join(choices)}")
 
 
 def resolve(method: str, choices: dict) -> Parameters:
@@ -357,11 +231,11 @@ def resolve(method: str, choices: dict) -> Parameters:
     row = METHODS[choose("method", method, METHODS)]
     given = {name: value for name, value in choices.items() if value is not None}
     for name in given:
-        choose("parameter", name, tuple(asdict(row.defaults)))
-    check_parameters(given)
+        choose("parameter", name, METHOD_CHOICES)
     if any(name in given for name in SIZES) and "rank" not in given:
         given["rank"] = None  # another way to choose sizes takes the place of the method's rank
     parameters = replace(row.defaults, **given)
+    parameters.check()
     if row.fixed and given.get("experts", 1 if row.fixed == "one" else None) not in (None, 1):
         raise UserError(f"method {method} keeps {row.fixed} of a layer's experts, not {given['experts']:g}")
     if row.fixed == "one":
@@ -383,7 +257,7 @@ def variant(label: str) -> tuple[str, dict[str, Any]]:
         name = name.strip().replace("-", "_")
         if not equals:
             raise UserError(f"{label!r}: {part!r} is not of the form name=value, e.g. reap:others=nearest")
-        choose("parameter", name, tuple(f.name for f in fields(Parameters)))
+        choose("parameter", name, METHOD_CHOICES)
         if name == "experts":
             raise UserError(f"{label!r}: the number of experts follows from the budget")
         choices[name] = parse_value(value.strip())
@@ -422,22 +296,7 @@ def check_combination(method: str, parameters: Parameters, given: dict) -> None:
         raise UserError(f"--align-to mean needs --align weight, not {parameters.align}")
 
 
-REROUTING = ("remove", "mean-output")  # of `others`: tokens of the experts not kept meet no stored expert of theirs
-
-
-def check_parameters(parameters: dict) -> None:
-    """Raise `UserError` for a value that is none of its parameter's choices."""
-    for name, allowed in CHOICES.items():
-        if name in parameters:
-            choose(name.replace("_", "-"), parameters[name], allowed)
-    experts = parameters.get("experts", 1)
-    if isinstance(experts, bool) or not isinstance(experts, int | float):
-        raise UserError(f"--experts must be a number such as 4 or a share such as 25%, got {experts!r}")
-    if not isinstance(parameters.get("canonical", False), bool):
-        raise UserError(f"canonical must be true or false, got {parameters['canonical']!r}")
-
-
-def check_statistics(parameters: Parameters, method: str, stats: LayerStats) -> None:
+def check_statistics(parameters: Parameters, method: str, stats: "LayerStats") -> None:
     """Raise `UserError`, naming the flag that collects them, if a layer's statistics lack what a method reads."""
     present = {
         "expert outputs": stats.output_sum is not None,
@@ -449,12 +308,3 @@ def check_statistics(parameters: Parameters, method: str, stats: LayerStats) -> 
         if not present[name]:
             raise UserError(f"method {method} needs {name}, which the statistics do not hold: collect them with "
                             f"{STATISTICS[name].replace('always collected by ', 'this version of ')}")  # fmt: skip
-
-
-def factor_options(parameters: dict) -> FactorOptions | None:
-    """How a plan's merged experts are factorised; None if they are not."""
-    known = {f.name for f in fields(Parameters)}
-    for name in (*SIZES, "keep_rows"):
-        if not isinstance(parameters.get(name, 0), int | float | None):
-            raise UserError(f"{name} of a plan must be a number or null, got {parameters[name]!r}")
-    return Parameters(**{name: value for name, value in parameters.items() if name in known}).factors

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from msmoe import strict_json
 from msmoe.errors import UserError
+from msmoe.planning.parameters import Parameters
 from msmoe.strict_json import finite, items, members, text, whole
 from msmoe.tables import html_table
 from msmoe.units import human_bytes
@@ -75,17 +76,17 @@ class LayerPlan:
         """
         return sorted(range(len(self.groups)), key=lambda g: self.groups[g].dominant)
 
-    def routes(self, parameters: dict[str, Any]) -> "Routes":
+    def routes(self, parameters: Parameters) -> Routes:
         """What the router of the compressed layer chooses among, and where its choices lead.
 
         Args:
             parameters: of the plan; `others` and `routing` decide.
         """
         mapping = self.expert_map
-        if parameters.get("routing") == "dominant":
+        if parameters.routing == "dominant":
             rows = sorted(group.dominant for group in self.groups)
             return Routes(tuple(rows), tuple(mapping[e] for e in rows), ())
-        if parameters.get("others") == "mean-output":
+        if parameters.others == "mean-output":
             places = {e: len(self.groups) + i for i, e in enumerate(self.removed)}
             rows = range(self.num_experts)
             return Routes(tuple(rows), tuple(places.get(e, mapping[e]) for e in rows), self.removed)
@@ -110,7 +111,7 @@ class Plan:
     """
 
     method: str
-    parameters: dict[str, Any]
+    parameters: Parameters
     seed: int
     checkpoint: dict[str, str]
     stats: dict[str, Any]
@@ -123,7 +124,7 @@ class Plan:
         content = {
             "format": FORMAT,
             "method": self.method,
-            "parameters": self.parameters,
+            "parameters": self.parameters.to_dict(),
             "seed": self.seed,
             "checkpoint": self.checkpoint,
             "stats": self.stats,
@@ -168,7 +169,7 @@ class Plan:
         layers = members(strict_json.field(content, "layers", str(path)), f"{path}: layers")
         plan = cls(
             method=text(strict_json.field(content, "method", str(path)), f"{path}: method"),
-            parameters=_parse_parameters(part("parameters"), f"{path}: parameters"),
+            parameters=Parameters.from_dict(part("parameters"), f"{path}: parameters"),
             seed=whole(content.get("seed", 0), f"{path}: seed"),
             checkpoint=_parse_texts(strict_json.field(content, "checkpoint", str(path)), f"{path}: checkpoint"),
             stats=_parse_reference(part("stats"), f"{path}: stats"),
@@ -229,10 +230,9 @@ class Plan:
         for name, cost in self.kept.items():
             share = f", {cost / size:.1%} of the output" if size else ""
             lines.append(f"kept as it is: {name}, its experts take {cost:,} bytes ({human_bytes(cost)}{share})")
-        target = self.parameters.get("target_size")
+        target, rank = self.parameters.target_size, self.parameters.rank
         if target:
-            rank, experts = self.parameters.get("rank"), self.parameters.get("experts", 0)
-            chosen = f"rank {rank}" if rank else f"{experts:.4g} experts per layer on average"
+            chosen = f"rank {rank}" if rank else f"{self.parameters.experts:.4g} experts per layer on average"
             lines.append(f"the most that fits into {target:,} bytes: {chosen}")
         if size is None:
             at_most = ", at most the target where one is given"
@@ -260,32 +260,6 @@ class Plan:
         ]
         head = ("layer", "experts", "kept", "groups (dominant < members)")
         return html_table(f"Plan: {self.method}", head, rows, self.remarks)
-
-
-NUMBERS = ("experts", "keep_rows")  # parameters by the type of their values
-OPTIONAL_NUMBERS = ("energy", "target_ratio")
-OPTIONAL_WHOLE = ("group_capacity", "rank", "target_bytes", "target_size")
-TEXTS = (
-    "budget", "saliency", "others", "selection", "similarity", "metric", "grouping", "weighting", "rule", "align",
-    "align_to", "refit", "routing", "svd", "row_score",
-)  # fmt: skip
-
-
-def _parse_parameters(entries: dict[str, Any], where: str) -> dict[str, Any]:
-    """Check the types of the parameters; which values they may have is known to `msmoe.planning.methods`."""
-    for name, value in entries.items():
-        at = f"{where}.{name}"
-        if name in NUMBERS or (name in OPTIONAL_NUMBERS and value is not None):
-            finite(value, at, least=0)
-        elif name in OPTIONAL_WHOLE and value is not None:
-            whole(value, at, least=1)
-        elif name == "canonical" and not isinstance(value, bool):
-            raise UserError(f"{at} must be true or false, got {strict_json.shown(value)}")
-        elif name == "keep_layers":
-            items(value, at, text)
-        elif name in TEXTS:
-            text(value, at)
-    return entries
 
 
 def _parse_texts(entries: Any, where: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ Shapes: E experts.
 import math
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +16,13 @@ from torch import Tensor
 from msmoe.calibration.stats import Stats
 from msmoe.checkpoint import Checkpoint
 from msmoe.compression.router import ROUTERS
-from msmoe.errors import UserError, warn
+from msmoe.errors import UserError, choose, warn
 from msmoe.families import Family, MoELayer, family_of
 from msmoe.formats.build import EXPORTS, build_export
 from msmoe.lowrank.choose import check_budget, check_rank, expert_bytes, fixed_shapes
 from msmoe.planning.grouping import REAM_CAPACITY, assign_to_kept, dominant_experts, group_counts, group_experts
-from msmoe.planning.methods import (
-    METHODS,
-    REROUTING,
-    Parameters,
-    check_statistics,
-    choose,
-    factor_options,
-    resolve,
-)
+from msmoe.planning.methods import METHODS, REROUTING, check_statistics, resolve
+from msmoe.planning.parameters import Parameters
 from msmoe.planning.plan import Group, LayerPlan, Plan
 from msmoe.planning.progressive import Routes, logit_routes, progressive_subset, router_routes
 from msmoe.planning.scores import score_experts, shares
@@ -125,7 +118,7 @@ class Planner:
         settled, target = settle(method, choices, layers, self.source.num_bytes, predicted)
         decided = self.decide(method, export=export, **asked, **settled)
         if target is not None:
-            decided = replace(decided, parameters=decided.parameters | {"target_size": target})
+            decided = replace(decided, parameters=replace(decided.parameters, target_size=target))
         return predict(self.family, self.source, decided, export=export)
 
     def decide(
@@ -201,7 +194,7 @@ class Planner:
         kept = [layer.name for layer in self.layers if layer.name not in request.counts]
         return Plan(
             method=request.method,
-            parameters=asdict(request.parameters) | {"keep_layers": kept},
+            parameters=replace(request.parameters, keep_layers=tuple(kept)),
             seed=request.seed,
             checkpoint={"model_type": self.source.model_type, "fingerprint": self.source.fingerprint},
             stats=self.stats.reference,
@@ -280,7 +273,7 @@ def check_request(
 
 def predict(family: Family, checkpoint: Checkpoint, plan: Plan, *, export: str) -> Plan:
     """The plan with the parameters and bytes that `apply` will write for an export."""
-    options, factors = factor_options(plan.parameters), None
+    options, factors = plan.parameters.factors, None
     if options is not None:
         if export == "dense":
             raise UserError("--export dense cannot store factors: choose exact, or native with --rank or --energy")
@@ -329,7 +322,7 @@ def sketched_bytes(
     removes = parameters.others in REROUTING
     sketches = {name: sketch(before, after, removes=removes) for name, (before, after) in counts.items()}
     source = {"model_type": checkpoint.model_type, "fingerprint": ""}
-    drawn = Plan(method, asdict(parameters), 0, source, {}, sketches)
+    drawn = Plan(method, parameters, 0, source, {}, sketches)
     found = predict(family, checkpoint, drawn, export=export).predicted
     if not found:
         raise UserError(f"the size of method {method} is known only once the merged experts are decomposed: "
@@ -363,7 +356,7 @@ def merged_size(checkpoint: Checkpoint, share: float, *, keep_layers: list[str] 
         if layer.name not in kept
     }
     source = {"model_type": checkpoint.model_type, "fingerprint": checkpoint.fingerprint}
-    return predict(family, checkpoint, Plan("m-smoe", {}, 0, source, {}, sketches), export="exact").predicted
+    return predict(family, checkpoint, Plan("m-smoe", Parameters(), 0, source, {}, sketches), export="exact").predicted
 
 
 def with_rank_that_fits(parameters: Parameters, choices: dict, layers: list[MoELayer]) -> Parameters:

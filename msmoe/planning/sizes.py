@@ -7,7 +7,8 @@ from typing import Any
 from msmoe.errors import UserError
 from msmoe.families import MoELayer
 from msmoe.lowrank.options import SIZES
-from msmoe.planning.methods import METHODS, Parameters, resolve
+from msmoe.planning.methods import METHODS, resolve
+from msmoe.planning.parameters import Parameters
 from msmoe.units import parse_bytes, parse_share
 
 Choices = dict[str, Any]  # of a plan, as `msmoe.plan` takes them

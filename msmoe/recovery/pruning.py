@@ -132,7 +132,8 @@ def factorize_student(source: Checkpoint, family: Family | None, model: Any, opt
     layers = tuple(layer for layer, _ in family.stored_layers(source))
     kept: Sequence[str] = family.default_kept_layers(layers)
     if (source.path / "plan.json").exists():
-        kept = Plan.load(source.path / "plan.json").parameters.get("keep_layers", kept)
+        named = Plan.load(source.path / "plan.json").parameters.keep_layers
+        kept = kept if named is None else named
     smallest = min(min(layer.d_model, layer.d_ff) for layer in layers)
     if options.rank > smallest:
         raise UserError(f"--rank must be between 1 and {smallest}, got {options.rank}")

@@ -3,19 +3,16 @@
 import csv
 import functools
 import io
-import itertools
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 from comparison.synthetic import comparison
 from markdown_it import MarkdownIt
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.text import Text
 from msmoe.analysis.compare import main, write_all
-from msmoe.analysis.comparison_plots import STYLE, assign_looks, layer_loss, pareto, short_layers, tasks
+from msmoe.analysis.comparison_figures import assign_looks, layer_loss, pareto, tasks, write_figures
 from msmoe.analysis.comparison_points import Point, pareto_front, points, spread, standing
 from msmoe.analysis.comparison_tables import (
     comparison_csv,
@@ -53,12 +50,6 @@ def report(tmp_path_factory) -> list[Path]:
     return write_all(comparison(**TINY), tmp_path_factory.mktemp("report") / "new" / "folder")
 
 
-@pytest.fixture(autouse=True)
-def style():
-    with mpl.rc_context(STYLE):
-        yield
-
-
 def read_markdown_tables(text: str) -> list[list[list[str]]]:
     """Plain texts of the cells of all tables, as a renderer sees them."""
     tables, cells = [], []
@@ -79,29 +70,56 @@ def csv_lines(summary: Summary) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(comparison_csv(summary))))
 
 
-def drawn_texts(figure) -> list[Text]:
-    """Visible texts of a figure, placed as they are in the file."""
-    FigureCanvasAgg(figure).draw()
-    outside = set()  # labels of ticks beyond the axes, which are not drawn
-    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
-        low, high = sorted(axis.get_view_interval())
-        outside |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
-    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
-    return [text for text in texts if text not in outside]
+def panels(drawn) -> list[dict]:
+    """Specifications of the panels of a figure, each with its data."""
+    spec = drawn[0].to_dict(validate=False)
+    shared = {"data": spec["data"]} if "data" in spec else {}
+    return [shared | panel | {"datasets": spec["datasets"]} for panel in spec["concat"]]
+
+
+def titles(drawn) -> list[str]:
+    return [panel["title"] for panel in panels(drawn)]
+
+
+def layers_of(panel: dict) -> list[dict]:
+    """Layers of a panel with the rows that each draws."""
+    found = []
+    for layer in panel["layer"]:
+        name = layer.get("data", panel.get("data"))["name"]
+        found.append(layer | {"rows": panel["datasets"][name]})
+    return found
+
+
+def with_mark(panel: dict, mark: str, *fields: str) -> list[list[dict]]:
+    """Rows of the layers of a panel with a kind of mark that have some fields."""
+    layers = [layer for layer in layers_of(panel) if layer["mark"]["type"] == mark]
+    return [layer["rows"] for layer in layers if layer["rows"] and set(fields) <= layer["rows"][0].keys()]
 
 
 @functools.cache
-def drawn_names(draw, methods: tuple[str, ...]) -> list[Text]:
-    """Texts of a figure of methods that differ little, at two sizes."""
+def drawn_names(methods: tuple[str, ...], out: Path) -> dict[str, list[tuple[str, float, float]]]:
+    """Texts of the SVG of every figure of methods that differ little, with their places."""
     results = comparison(
         methods, experts=(8, 4), seeds=(0,), tasks=("t|a_b%&",), loss_tasks=("$l$",), skill_step=0.03, num_examples=60
     )
-    return drawn_texts(draw(summarise(results)))
+    files = [file for file in write_figures(summarise(results), out) if file.suffix == ".svg"]
+    return {file.stem: placed_texts(file) for file in files}
 
 
-def overlapping(texts: list[Text]) -> list[tuple[str, str]]:
-    boxes = [(text.get_text(), Text.get_window_extent(text)) for text in texts]  # that of an annotation has its arrow
-    return [(a, b) for (a, one), (b, other) in itertools.combinations(boxes, 2) if one.overlaps(other)]
+def placed_texts(file: Path) -> list[tuple[str, float, float]]:
+    """Text, x and y of everything written in an SVG file."""
+    found = []
+
+    def visit(node: ElementTree.Element, x: float, y: float) -> None:
+        for move in re.findall(r"translate\(([-\d.e]+),\s*([-\d.e]+)\)", node.get("transform", "")):
+            x, y = x + float(move[0]), y + float(move[1])
+        if node.tag.endswith("}text") and (text := "".join(node.itertext()).strip()) and node.get("opacity") != "0":
+            found.append((text, x, y))
+        for child in node:
+            visit(child, x, y)
+
+    visit(ElementTree.parse(file).getroot(), 0.0, 0.0)
+    return found
 
 
 def point(num_bytes: int, value: float) -> Point:
@@ -270,17 +288,16 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path):
 
 
 def test_pareto_has_a_panel_without_training_and_one_after_recovery(summary):
-    titles = [axes.get_title(loc="left") for axes in pareto(summary).axes]
-    assert titles == ["without training", "after 100 steps of recovery"]
+    assert titles(pareto(summary)) == ["without training", "after 100 steps of recovery"]
 
 
 def test_pareto_has_one_panel_without_recovery():
-    assert len(pareto(summarise(comparison(recover_steps=(0,)))).axes) == 1
+    assert len(panels(pareto(summarise(comparison(recover_steps=(0,)))))) == 1
 
 
 def test_pareto_names_every_method_and_reference_in_every_panel(summary):
-    for axes in pareto(summary).axes:
-        names = [text.get_text().split("\n")[0] for text in axes.texts]
+    for panel in panels(pareto(summary)):
+        names = [row["name"].split("\n")[0] for rows in with_mark(panel, "text", "name") for row in rows]
         assert sorted(names) in (
             ["alpha", "beta", "dense", "full", "gamma"],
             ["alpha", "beta", "dense untrained", "full untrained", "gamma"],
@@ -288,15 +305,10 @@ def test_pareto_names_every_method_and_reference_in_every_panel(summary):
 
 
 def test_pareto_draws_every_mean_at_its_value_with_its_interval(summary):
-    axes = pareto(summary).axes[0]
-    drawn = {container.get_label(): container for container in axes.containers}
-    for method, container in drawn.items():
-        means = [next(r for r in s.rows if r.method == method).measurements[0].mean for s in reversed(summary.sizes)]
-        line, _, (bars,) = container.lines
-        np.testing.assert_allclose(line.get_ydata().astype(float), [mean.value for mean in means])
-        ends = [[segment[0][1], segment[1][1]] for segment in bars.get_segments()]
-        np.testing.assert_allclose(ends, [[mean.low, mean.high] for mean in means])
-    assert set(drawn) == {"alpha", "beta", "gamma"}
+    (rows,) = with_mark(panels(pareto(summary))[0], "point", "method")
+    drawn = sorted((row["method"], row["score"], row["low"], row["high"]) for row in rows)
+    measured = [(row.method, row.measurements[0].mean) for size in summary.sizes for row in size.methods]
+    assert drawn == sorted((method, mean.value, mean.low, mean.high) for method, mean in measured)
 
 
 def test_points_of_one_size_stay_closer_to_their_bytes_than_to_the_next_size():
@@ -307,23 +319,22 @@ def test_points_of_one_size_stay_closer_to_their_bytes_than_to_the_next_size():
         assert nearest == p.num_bytes
 
 
-@pytest.mark.parametrize("draw", [pareto, tasks, layer_loss])
+@pytest.mark.parametrize("figure", ["pareto", "tasks", "layer_loss"])
 @pytest.mark.parametrize("methods", [MANY, HOSTILE], ids=["many", "hostile"])
-def test_no_label_lies_on_another(draw, methods):
-    assert overlapping(drawn_names(draw, methods)) == []
-
-
-@pytest.mark.parametrize("draw", [pareto, tasks, layer_loss])
-def test_names_are_drawn_as_they_are(draw):
-    texts = drawn_names(draw, HOSTILE)
-    assert {" ".join(name.split()) for name in HOSTILE} <= {text.get_text() for text in texts}
-    assert not any(text.get_parse_math() for text in texts)  # $m$ is no formula
+def test_names_stand_apart_and_are_drawn_as_they_are(figure, methods, tmp_path_factory):
+    texts = drawn_names(methods, tmp_path_factory.getbasetemp())[figure]
+    names = {" ".join(name.split()) for name in methods}
+    assert names <= {text for text, _, _ in texts}  # $m$ is no formula
+    columns: dict[float, list[float]] = {}
+    for text, x, y in texts:
+        if text in names:
+            columns.setdefault(x, []).append(y)
+    assert all(np.diff(sorted(heights)).min() > 11 for heights in columns.values())  # pixels, of a font of 11
 
 
 def test_a_lower_mean_loss_is_drawn_higher():
-    axes = pareto(summarise(comparison(tasks=(), loss_tasks=("text",)))).axes[0]
-    bottom, top = axes.get_ylim()
-    assert bottom > top
+    panel = panels(pareto(summarise(comparison(tasks=(), loss_tasks=("text",)))))[0]
+    assert all(layer["encoding"]["y"]["scale"]["reverse"] for layer in layers_of(panel) if "y" in layer["encoding"])
 
 
 def test_the_pareto_front_by_hand():
@@ -343,38 +354,42 @@ def test_the_pareto_front_of_losses_keeps_the_lowest():
 
 
 def test_tasks_have_a_panel_each_with_better_to_the_right(summary):
-    panels = tasks(summary).axes
-    assert [axes.get_title(loc="left") for axes in panels] == ["sms_spam", "topic", "held_out"]
-    assert [axes.xaxis_inverted() for axes in panels] == [False, False, True]
+    assert titles(tasks(summary)) == ["sms_spam", "topic", "held_out"]
+    for panel, reverse in zip(panels(tasks(summary)), [False, False, True], strict=True):
+        scales = [layer["encoding"]["x"]["scale"] for layer in layers_of(panel) if "x" in layer["encoding"]]
+        assert {scale["reverse"] for scale in scales} == {reverse}
 
 
 def test_tasks_draw_a_marker_for_every_score(summary):
-    axes = tasks(summary).axes[0]
-    drawn = sorted(float(line.get_xdata()[0]) for line in axes.lines if len(line.get_xdata()) == 1)
-    rows = [row for size in summary.sizes for row in size.methods]
-    expected = sorted(m.scores["sms_spam"].value for row in rows for m in row.measurements.values())
-    assert drawn == pytest.approx(expected)
+    (rows,) = with_mark(panels(tasks(summary))[0], "point")
+    methods = [row for size in summary.sizes for row in size.methods]
+    expected = sorted(m.scores["sms_spam"].value for row in methods for m in row.measurements.values())
+    assert sorted(row["value"] for row in rows) == pytest.approx(expected)
 
 
 def test_layer_loss_has_a_panel_per_size_with_methods_and_layers(summary):
-    *panels, _ = layer_loss(summary).axes
-    assert [axes.get_title(loc="left") for axes in panels] == ["8 experts per layer", "4 experts per layer"]
-    assert [label.get_text() for label in panels[0].get_yticklabels()] == standing(summary)
-    assert [label.get_text() for label in panels[0].get_xticklabels()] == ["encoder 3", "decoder 1", "decoder 3"]
+    drawn = layer_loss(summary)
+    assert titles(drawn) == ["8 experts per layer", "4 experts per layer"]
+    encoding = layers_of(panels(drawn)[0])[0]["encoding"]
+    assert encoding["y"]["scale"]["domain"] == standing(summary)
+    assert encoding["x"]["scale"]["domain"] == ["encoder 3", "decoder 1", "decoder 3"]
 
 
-def test_layer_loss_colours_the_losses(summary):
-    axes = layer_loss(summary).axes[0]
+def test_layer_loss_colours_the_losses_by_their_square_roots(summary):
+    (rows,) = with_mark(panels(layer_loss(summary))[0], "rect")
     losses = {row.method: list(row.layer_loss.values()) for row in summary.sizes[0].methods}
-    np.testing.assert_allclose(axes.images[0].get_array(), [losses[method] for method in standing(summary)])
+    for method in standing(summary):
+        assert [row["loss"] for row in rows if row["method"] == method] == losses[method]
+    largest = max(abs(x) for size in summary.sizes for row in size.rows for x in (row.layer_loss or {}).values())
+    np.testing.assert_allclose([r["colour"] * abs(r["colour"]) * largest for r in rows], [r["loss"] for r in rows])
 
 
 def test_references_with_layer_losses_stand_below_the_methods():
     results = comparison()
     dense = next(cell for cell in results["cells"] if cell["method"] == "dense")
     dense["layer_loss"] = dict.fromkeys(results["cells"][0]["layer_loss"], 0.1)
-    labels = layer_loss(summarise(results)).axes[0].get_yticklabels()
-    assert [label.get_text() for label in labels] == ["alpha", "beta", "gamma", "dense"]
+    encoding = layers_of(panels(layer_loss(summarise(results)))[0])[0]["encoding"]
+    assert encoding["y"]["scale"]["domain"] == ["alpha", "beta", "gamma", "dense"]
 
 
 def test_a_layer_that_was_not_measured_is_blank():
@@ -382,9 +397,9 @@ def test_a_layer_that_was_not_measured_is_blank():
     for cell in results["cells"]:
         if cell["method"] == "alpha" and cell["layer_loss"]:
             cell["layer_loss"].popitem()
-    axes = layer_loss(summarise(results)).axes[0]
-    assert axes.images[0].get_array().mask[0].tolist() == [False, False, True]
-    assert len(axes.texts) == 3 * 3 - 1
+    (rows,) = with_mark(panels(layer_loss(summarise(results)))[0], "rect")
+    assert [row["layer"] for row in rows if row["method"] == "alpha"] == ["encoder 3", "decoder 1"]
+    assert len(rows) == 3 * 3 - 1
 
 
 def test_there_is_no_layer_figure_without_layer_losses():
@@ -399,8 +414,8 @@ def test_a_report_shows_only_the_figures_that_there_are(tmp_path):
 
 def test_no_two_coloured_methods_look_the_same():
     looks = assign_looks(MANY[:12]).values()
-    assert len({(look.colour, look.line) for look in looks}) == 12
-    assert len({look.marker for look in looks}) == 12
+    assert len({(look.colour, look.dash) for look in looks}) == 12
+    assert len({look.shape for look in looks}) == 12
 
 
 def test_of_many_methods_the_best_are_coloured():
@@ -415,15 +430,6 @@ def test_labels_move_no_more_than_they_must():
 
 def test_labels_without_room_share_what_there_is():
     np.testing.assert_allclose(spread([0.5] * 4, 0.5), [0.125, 0.375, 0.625, 0.875])
-
-
-def test_layers_are_named_by_what_tells_them_apart():
-    names = ["encoder.block.1.layer.1.mlp", "encoder.block.3.layer.1.mlp", "decoder.block.1.layer.2.mlp"]
-    assert short_layers(names) == ["encoder 1", "encoder 3", "decoder 1"]
-
-
-def test_a_layer_alone_keeps_its_name():
-    assert short_layers(["model.layers.0.mlp"]) == ["model.layers.0.mlp"]
 
 
 COSTS = {

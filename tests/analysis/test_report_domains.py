@@ -18,6 +18,7 @@ from scipy.spatial.distance import jensenshannon
 from tiny import LAYERS, layer_plan
 
 from msmoe.calibration.stats import Stats
+from msmoe.planning.parameters import Parameters
 from msmoe.planning.plan import Group, LayerPlan, Plan
 
 # Six experts. x and y share none of them but expert 0, which is x's to 95 / 96: 95 % of x's tokens, 1 % of y's.
@@ -72,7 +73,7 @@ def specs(found: Section) -> list[dict]:
 
 
 def plan_of(stats: Stats, layer: LayerPlan, **parameters) -> Plan:
-    return Plan("by-hand", parameters, 0, stats.checkpoint, {}, {LAYERS[0]: layer})
+    return Plan("by-hand", Parameters(**parameters), 0, stats.checkpoint, {}, {LAYERS[0]: layer})
 
 
 # Which domains there are

@@ -19,6 +19,7 @@ from msmoe.analysis.report.sections.plan.frames import (
 from tiny import LAYERS, layer_plan, plan_for
 
 from msmoe.checkpoint import Checkpoint
+from msmoe.planning.parameters import Parameters
 from msmoe.planning.plan import Group, LayerPlan, Plan
 
 HOSTILE = '</script><b onload="x">\u202e' + 1000 * "y"
@@ -45,7 +46,7 @@ def render(section):
 
 
 def by_hand(layers, **options):
-    return Plan("by-hand", {}, 7, {}, {}, layers, **options)
+    return Plan("by-hand", Parameters(), 7, {}, {}, layers, **options)
 
 
 def test_experts_stand_by_group_and_end_at_the_middle_of_their_group():
@@ -184,7 +185,7 @@ def test_hostile_names_are_data_only(switch):
     plan = plan_for(
         Checkpoint(switch), {HOSTILE: layer_plan(4, [0, 1], [2, 3]), f"{HOSTILE}z": layer_plan(4, [0, 1, 2, 3])}
     )
-    plan = replace(plan, method=HOSTILE, parameters={"keep_layers": [HOSTILE, 3], "others": HOSTILE})
+    plan = replace(plan, method=HOSTILE, parameters=Parameters(keep_layers=(HOSTILE,), others=HOSTILE))
     section = chapter.section(gather([plan]), silent)
     spec = to_spec(blocks(section, Figure)[0].chart)
     assert "onload" not in json.dumps({key: value for key, value in spec.items() if key not in ("datasets", "params")})

@@ -19,6 +19,7 @@ from scipy.spatial.distance import squareform
 from tiny import LAYERS, layer_plan, plan_for
 
 from msmoe.checkpoint import Checkpoint
+from msmoe.planning.parameters import Parameters
 from msmoe.planning.similarity import similarity
 
 HOSTILE = '</script><b onload="x">\u202e\n' + 1000 * "y"
@@ -91,7 +92,7 @@ def test_statistics_alone_give_router_logits(stats):
 
 
 def test_the_base_of_the_plan_is_shown_where_weights_are_there(switch, stats, two_groups):
-    plan = replace(two_groups, parameters={"similarity": "expert-output", "metric": "euclidean"})
+    plan = replace(two_groups, parameters=Parameters(similarity="expert-output", metric="euclidean"))
     artefacts = gather([switch, stats, plan])
     found = find_similarities(artefacts, silent)
     expected = similarity(artefacts.planner.view(LAYERS[2]), base="expert-output", metric="euclidean")
@@ -109,7 +110,7 @@ def test_the_base_of_the_plan_is_shown_where_weights_are_there(switch, stats, tw
     ],
 )
 def test_a_base_that_cannot_be_had_falls_back_to_router_logits_and_says_why(stats, two_groups, base, reason):
-    plan = replace(two_groups, parameters={"similarity": base})
+    plan = replace(two_groups, parameters=Parameters(similarity=base))
     section = chapter.section(gather([stats, plan]), silent)
     assert reason in blocks(section, Note)[0].text
     assert section.lead.startswith("By router-logits (cosine)")
@@ -117,7 +118,7 @@ def test_a_base_that_cannot_be_had_falls_back_to_router_logits_and_says_why(stat
 
 def test_a_base_that_takes_too_long_falls_back(switch, stats, two_groups, monkeypatch):
     monkeypatch.setattr(similarity_matrices, "MAX_WORK", 1)
-    plan = replace(two_groups, parameters={"similarity": "weight"})
+    plan = replace(two_groups, parameters=Parameters(similarity="weight"))
     found = find_similarities(gather([switch, stats, plan]), silent)
     assert found.base == "router-logits"
     assert "would take long" in found.note

@@ -181,10 +181,16 @@ def test_a_report_of_statistics_alone_needs_no_torch(stats, tmp_path):
     stats.save(tmp_path / "stats")
     found, printed = imported_by("report", tmp_path / "stats", "--out", tmp_path / "page.html")
     assert "wrote" in printed
-    assert not found & {"torch", "transformers", "sklearn", "matplotlib"}
+    assert not found & {"torch", "transformers", "sklearn"}
 
 
 def test_inspect_reads_headers_without_torch_or_numpy(switch):
     found, printed = imported_by("inspect", switch)
     assert "switch_transformers" in printed
     assert not found & {"torch", "transformers", "numpy", "pandas", "scipy"}
+
+
+def test_the_table_of_methods_needs_no_arithmetic():
+    found, printed = imported_by("methods")
+    assert "m-smoe-refit" in printed
+    assert not found & {"torch", "transformers", "numpy", "pandas", "scipy", "safetensors"}

@@ -15,7 +15,7 @@ import torch
 from tiny import LAYERS, batch_of, random_records, size_of, write_records
 
 from msmoe.calibration.stats import Stats
-from msmoe.comparison.run import MARKER, compare, joined
+from msmoe.comparison.run import MARKER, compare, joined, numbers_of_experts
 from msmoe.comparison.settings import task_files
 from msmoe.compression.apply import apply
 from msmoe.demo import CHECKPOINT
@@ -93,7 +93,7 @@ def test_all_methods_of_a_seed_read_the_same_calibration_data(compared):
 def test_a_choice_in_the_label_reaches_the_plan(compared):
     stored = Plan.load(compared[1] / "plans" / "seed-0" / "reap:others=nearest-3.json")
     assert stored.method == "reap"
-    assert stored.parameters["others"] == "nearest"
+    assert stored.parameters.others == "nearest"
 
 
 def test_recovery_moves_the_weights_of_the_full_model_as_well(compared):
@@ -162,6 +162,18 @@ def test_results_of_other_tasks_are_not_mixed_in(switch, data, tasks, tmp_path):
     )  # fmt: skip
     assert {c["method"] for c in results["cells"]} == {"full", "dense", "reap"}
     assert {tuple(c["tasks"]) for c in results["cells"]} == {("one",)}
+
+
+def test_a_share_of_the_experts_is_a_size(switch):
+    # 6 experts in every layer
+    assert numbers_of_experts(switch, ("50%", 2, "4"), None) == (3.0, 2.0, 4.0)
+    assert numbers_of_experts(switch, (5,), None) == (5.0,)
+
+
+@pytest.mark.parametrize("size", ["0%", "101%", "half"])
+def test_a_size_that_is_neither_number_nor_share_is_refused(size, switch):
+    with pytest.raises(UserError, match=f"--experts.*{size}"):
+        numbers_of_experts(switch, (size,), None)
 
 
 def test_two_processes_give_the_same_cells_as_one(switch, data, tasks, tmp_path):

@@ -140,7 +140,7 @@ def test_no_token_is_rerouted_where_the_router_keeps_its_rows(name, switch, stat
 
 def test_tokens_are_rerouted_where_gate_or_target_change(switch, stats, tmp_path):
     plan = replace(plan_for(Checkpoint(switch), {LAYER: layer_plan(6, [4, 0, 2], [1], [3, 5])}), seed=0)
-    apply(switch, replace(plan, parameters=plan.parameters | {"routing": "dominant"}), tmp_path / "out")
+    apply(switch, replace(plan, parameters=replace(plan.parameters, routing="dominant")), tmp_path / "out")
     layer = stats.layers[LAYER]
     sample = evaluated(layer)
     rows = load_tensors(switch)[f"{LAYER}.router.classifier.weight"]
@@ -295,7 +295,7 @@ def test_groups_without_refit_or_held_out_tokens_have_no_refit_error():
 
 def test_the_error_before_a_refit_of_all_groups_is_the_error_of_the_layer_without_refit(switch, stats, tmp_path):
     plan = plan_for(Checkpoint(switch), {LAYER: layer_plan(6, [0, 1, 2], [3, 4, 5])})
-    refit = replace(plan, parameters=plan.parameters | {"refit": "independent"})
+    refit = replace(plan, parameters=replace(plan.parameters, refit="independent"))
     report = apply(switch, refit, tmp_path / "refit", stats=stats)
     apply(switch, plan, tmp_path / "merged")
     expected = layer_errors(switch, tmp_path / "merged", stats, tokens=10**6)[LAYER].error

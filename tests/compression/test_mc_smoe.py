@@ -127,7 +127,7 @@ def test_a_published_method_has_the_published_rank_and_share_of_rows():
 
 def test_another_size_takes_the_place_of_the_methods_rank(switch, stats):
     made = plan(switch, stats, method="mc-smoe", energy=0.8, experts=3)
-    assert (made.parameters["rank"], made.parameters["energy"]) == (None, 0.8)
+    assert (made.parameters.rank, made.parameters.energy) == (None, 0.8)
 
 
 def test_any_merging_method_can_be_followed_by_a_rank(switch, stats, tmp_path):
@@ -185,7 +185,7 @@ def test_what_is_wrong_whatever_calibration_sees_is_refused_before_it(options, c
 )
 def test_a_plan_edited_to_something_that_is_no_size_is_refused_by_name(name, value, switch, stats, tmp_path):
     made = plan(switch, stats, method="mc-smoe", rank=4, experts=3)
-    edited = replace(made, parameters=made.parameters | {"rank": None, name: value})
+    edited = replace(made, parameters=replace(made.parameters, **{"rank": None, name: value}))
     with pytest.raises(UserError, match=f"{name}.*{re.escape(str(value))}"):
         apply(switch, edited, tmp_path / "out", stats=stats)
 

@@ -1,4 +1,4 @@
-"""A quick share of the fuzzer; `python scripts/fuzz.py` runs as many cases as one likes."""
+"""A quick share of the fuzzer; `python scripts/experiments/fuzz.py` runs as many cases as one likes."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def verdicts(tmp_path_factory) -> dict[str, list[dict]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_input_is_refused_in_one_line_or_handled(verdicts, kind):
     wrong = [
-        f"python scripts/fuzz.py --replay {kind}:{v['seed']}  # {v['argv'][0]}, {v['damage']}: {v['wrong']}"
+        f"python scripts/experiments/fuzz.py --replay {kind}:{v['seed']}  # {v['argv'][0]}, {v['damage']}: {v['wrong']}"
         for v in verdicts[kind]
         if v["wrong"]
     ]

@@ -1,4 +1,4 @@
-"""Commands killed at their file operations; `scripts/kill_everything.py` does the same to all of them, more often."""
+"""Commands killed at their file operations; `scripts/experiments/kill_everything.py` does so to all, more often."""
 
 import pytest
 from commands import Inputs, commands, compressing

@@ -26,7 +26,8 @@ from msmoe.checkpoint import Checkpoint
 from msmoe.compression.apply import apply
 from msmoe.errors import UserError
 from msmoe.families.loading import load
-from msmoe.planning.methods import METHODS, Parameters
+from msmoe.planning.methods import METHODS
+from msmoe.planning.parameters import Parameters
 from msmoe.planning.plan import Plan, check_layer
 from msmoe.planning.planner import Planner, interleaved, member_weights, plan
 from msmoe.planning.scores import score_experts
@@ -186,12 +187,12 @@ def masked_model(source, exact, result):
                 with torch.no_grad():
                     mlp.experts[f"expert_{e}"].wi.weight.copy_(stored["wi"][place])
                     mlp.experts[f"expert_{e}"].wo.weight.copy_(stored["wo"][place])
-        if result.parameters["others"] == "mean-output":
+        if result.parameters.others == "mean-output":
             for i, e in enumerate(layer.removed):
                 mlp.experts[f"expert_{e}"] = Constant(tensors[f"{name}.experts.constants"][i])
             continue
         live = {e for g in layer.groups for e in g.members}
-        if result.parameters["routing"] == "dominant":
+        if result.parameters.routing == "dominant":
             live = {g.dominant for g in layer.groups}
         dead = torch.tensor([e for e in range(6) if e not in live], dtype=torch.int64)
         mlp.router.classifier.register_forward_hook(lambda m, i, out, dead=dead: out.index_fill(-1, dead, -torch.inf))
@@ -278,7 +279,7 @@ def test_a_published_method_has_no_refit():
 def test_every_similarity_makes_a_plan_of_the_right_size(base, switch, stats):
     result = plan(switch, stats, similarity=base, experts=3, keep_layers=["none"])
     assert sum(len(layer.groups) for layer in result.layers.values()) == 12
-    assert result.parameters["similarity"] == base
+    assert result.parameters.similarity == base
 
 
 @pytest.mark.parametrize("base", ["gradient", "weight-gradient"])

@@ -10,6 +10,7 @@ from tiny import LAYERS, layer_plan, plan_for
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
 from msmoe.families import family_of
+from msmoe.planning.parameters import Parameters
 from msmoe.planning.plan import Group, LayerPlan, Plan
 from msmoe.planning.planner import plan as make_plan
 
@@ -34,7 +35,7 @@ def layer_plans(draw):
 def test_a_saved_plan_loads_to_the_same_plan(layers, seed, tmp_path_factory):
     named = {f"encoder.block.{i}.layer.1.mlp": layer for i, layer in enumerate(layers)}
     plan = Plan(
-        "m", {"experts": 2.5, "keep_layers": []}, seed, {"fingerprint": "f"}, {"sha256": "s"}, named, {"bytes": 7}
+        "m", Parameters(experts=2.5, keep_layers=()), seed, {"fingerprint": "f"}, {"sha256": "s"}, named, {"bytes": 7}
     )
     file = tmp_path_factory.getbasetemp() / "plan.json"
     plan.save(file)

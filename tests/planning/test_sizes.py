@@ -66,9 +66,9 @@ def test_a_share_of_the_experts_is_kept(share, budget, total, switch, stats):
 def test_the_largest_number_of_experts_whose_written_bytes_fit_is_kept(method, switch, stats, tmp_path):
     source = Checkpoint(switch).num_bytes
     plan = make_plan(switch, stats, method=method, target_size="70%")
-    assert plan.parameters["target_size"] == int(0.7 * source)
+    assert plan.parameters.target_size == int(0.7 * source)
     written = apply(switch, plan, tmp_path / "out", stats=stats, workers=1)
-    uniform = NUM_LAYERS if plan.parameters["budget"] == "uniform" else 1
+    uniform = NUM_LAYERS if plan.parameters.budget == "uniform" else 1
     assert size_of(tmp_path / "out") == written.num_bytes == plan.predicted["bytes"]
     assert plan.predicted["bytes"] <= 0.7 * source < plan.predicted["bytes"] + uniform * EXPERT
 
@@ -76,7 +76,7 @@ def test_the_largest_number_of_experts_whose_written_bytes_fit_is_kept(method, s
 def test_a_method_that_factorises_gets_the_largest_rank_that_fits(switch, stats, tmp_path):
     limit = 100_000
     plan = make_plan(switch, stats, method="mc-smoe", experts=3, target_size=limit)
-    rank = plan.parameters["rank"]
+    rank = plan.parameters.rank
     more = make_plan(switch, stats, method="mc-smoe", experts=3, rank=rank + 1)
     assert plan.predicted["bytes"] <= limit < more.predicted["bytes"]
     apply(switch, plan, tmp_path / "out", stats=stats, workers=1)
@@ -134,7 +134,7 @@ def test_a_printed_plan_says_what_was_chosen_and_what_kept_layers_cost(switch, s
     assert plan == made
     text = str(plan)
     assert "kept as it is: encoder.block.1.layer.1.mlp, its experts take 18,432 bytes" in text  # 6 experts
-    assert f"the most that fits into {plan.parameters['target_size']:,} bytes: " in text
+    assert f"the most that fits into {plan.parameters.target_size:,} bytes: " in text
     assert f"{plan.predicted['bytes']:,} bytes" in text
 
 

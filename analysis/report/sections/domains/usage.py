@@ -219,7 +219,7 @@ def fate(plan: "Plan", name: str, expert: int) -> str:
     if layer is None:
         return "kept"
     if expert in layer.removed:
-        return "only its mean output kept" if plan.parameters.get("others") == "mean-output" else "removed"
+        return "only its mean output kept" if plan.parameters.others == "mean-output" else "removed"
     group = next(group for group in layer.groups if expert in group.members)
     weights = dict(zip(group.members, group.weights, strict=True))
     if expert != group.dominant:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,8 @@ def method_label(plan: Plan) -> str:
     Raises:
         UserError: for a method that this version does not know.
     """
-    usual = asdict(resolve(plan.method, {}))
-    chosen = {name: value for name, value in plan.parameters.items() if usual.get(name, value) != value}
+    usual, stated = resolve(plan.method, {}).to_dict(), plan.parameters.to_dict()
+    chosen = {name: value for name, value in stated.items() if usual.get(name, value) != value}
     parts = [f"{name}={value}" for name, value in chosen.items() if name not in ("experts", "budget")]
     return ":".join([plan.method, *parts])
 
@@ -83,10 +83,10 @@ def method_label(plan: Plan) -> str:
 def kept_layers(artefacts: Artefacts, planner: Planner) -> list[str] | None:
     """Layers that the plan keeps; None for the default."""
     names = {layer.name for layer in planner.layers}
-    kept = artefacts.plan.plan.parameters.get("keep_layers") if artefacts.plan else None
-    if not isinstance(kept, list) or not names.issuperset(kept) or len(kept) == len(names):
+    kept = artefacts.plan.plan.parameters.keep_layers if artefacts.plan else None
+    if kept is None or not names.issuperset(kept) or len(kept) == len(names):
         return None
-    return kept or ["none"]
+    return list(kept) or ["none"]
 
 
 def choose_scope(artefacts: Artefacts, planner: Planner) -> Scope | None:
@@ -168,7 +168,7 @@ def suggested_bytes(planner: Planner, method: str, sizes: dict[str, int]) -> int
     removes = parameters.others in REROUTING
     experts = {layer.name: layer.num_experts for layer in planner.layers}
     layers = {name: sketch(experts[name], size, removes=removes) for name, size in sizes.items()}
-    plan = Plan(known, asdict(parameters), 0, {}, {}, layers)
+    plan = Plan(known, parameters, 0, {}, {}, layers)
     return predict(planner.family, planner.source, plan, export="exact").predicted["bytes"]
 
 

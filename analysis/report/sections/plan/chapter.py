@@ -19,7 +19,7 @@ from msmoe.analysis.report.sections.plan.frames import (
 )
 
 from msmoe.compression.layer_errors import covered
-from msmoe.planning.methods import METHODS, factor_options
+from msmoe.planning.methods import METHODS
 from msmoe.planning.plan import Plan
 from msmoe.units import human_bytes
 
@@ -34,7 +34,7 @@ def section(artefacts: Artefacts, say: Callable[[str], None]) -> Section | None:
     budget, groups = budget_frame(artefacts, plan), group_frame(plan, usage)
     blocks: list[Block] = [Facts(tuple(facts(artefacts, plan, budget)))]
     if plan.layers:
-        end = ENDS.get(str(plan.parameters.get("others")), ENDS["remove"])
+        end = ENDS.get(plan.parameters.others, ENDS["remove"])
         blocks.append(flow_figure(flow_frame(plan, usage, end=end), has_usage=bool(usage)))
     if len(budget):
         known = budget.dropna(subset=["experts"])
@@ -92,7 +92,7 @@ def facts(artefacts: Artefacts, plan: Plan, budget: pd.DataFrame) -> list[Fact]:
             share = f", {value / source[key]:.1%} of the original" if source.get(key) else ""
             found.append(Fact(label, show(value), f"predicted{share}"))
     if not plan.predicted:
-        why = "known once the merged experts are decomposed" if factor_options(plan.parameters) else "the plan has none"
+        why = "known once the merged experts are decomposed" if plan.parameters.factors else "the plan has none"
         found.append(Fact("Bytes", "not predicted", why))
     found.append(Fact("Seed", str(plan.seed)))
     return found

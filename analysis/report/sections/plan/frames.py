@@ -33,8 +33,7 @@ def shares_in(usage: Mapping[str, np.ndarray], name: str, num_experts: int) -> n
 
 def layer_names(artefacts: Artefacts, plan: Plan) -> list[str]:
     """Layers that the plan changes or names as kept, in forward order where that is known."""
-    listed = plan.parameters.get("keep_layers") or []
-    kept = [str(name) for name in listed] if isinstance(listed, list) else []
+    kept = plan.parameters.keep_layers or ()
     wanted = dict.fromkeys([*kept, *plan.layers, *artefacts.layers])
     return (
         sorted(wanted, key=list(artefacts.layers).index) if wanted.keys() <= artefacts.layers.keys() else list(wanted)

@@ -5,11 +5,15 @@ import io
 from collections.abc import Mapping
 
 import numpy as np
-from msmoe.analysis.report.charts import SEQUENTIAL
 from PIL import Image
 
 SHADES = 32  # colours of an image
 MAX_SIDE = 192  # pixels
+CIVIDIS = (  # red, green, blue: coefficients of 1, t, t^2, ... as in d3-scale-chromatic
+    (-4.54, -35.34, 2381.73, -6402.7, 7024.72, -2710.57),
+    (32.49, 170.73, 52.82, -131.46, 176.58, -67.37),
+    (81.24, 442.36, -2482.43, 6167.24, -6614.94, 2475.67),
+)
 MAX_PIXELS = 240_000  # of all images together: about 200 kB of base64
 
 
@@ -37,10 +41,13 @@ def levels(matrix: np.ndarray, low: float, high: float, *, side: int) -> np.ndar
 def data_uri(shades: np.ndarray) -> str:
     """A palette PNG of shades."""
     image = Image.fromarray(shades)
-    from matplotlib import colormaps
-
-    colours = colormaps[SEQUENTIAL](np.linspace(0, 1, SHADES))[:, :3]
-    image.putpalette(np.round(colours * 255).astype(np.uint8).tobytes())
+    image.putpalette(cividis(np.linspace(0, 1, SHADES)).tobytes())
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def cividis(levels: np.ndarray) -> np.ndarray:
+    """Colours (N, 3) uint8 of levels from 0 to 1: the polynomials by which the charts' scheme `cividis` is drawn."""
+    channels = [np.polynomial.Polynomial(coefficients)(levels) for coefficients in CIVIDIS]
+    return np.clip(np.round(channels), 0, 255).astype(np.uint8).T

@@ -70,15 +70,14 @@ def find_similarities(artefacts: Artefacts, say: Callable[[str], None]) -> Simil
 
 def wanted(plan: LabelledPlan | None) -> tuple[str, str]:
     """Base and metric that the plan names."""
-    parameters = plan.plan.parameters if plan else {}
-    return str(parameters.get("similarity", DEFAULT[0])), str(parameters.get("metric", DEFAULT[1]))
+    return (plan.plan.parameters.similarity, plan.plan.parameters.metric) if plan else DEFAULT
 
 
 def obstacle(base: str, metric: str, artefacts: Artefacts) -> str:
     """Why a similarity is not shown, empty if it can be."""
     if (base, metric) == DEFAULT:
         return ""
-    from msmoe.planning.methods import CHOICES
+    from msmoe.planning.parameters import CHOICES
     from msmoe.planning.similarity import BASES
 
     if base not in BASES or metric not in CHOICES["metric"]:

@@ -1,7 +1,7 @@
 """Time and peak memory of profile, plan and apply on a synthetic switch-base checkpoint, beside physical floors.
 
-    python scripts/bench_pipeline.py                    8 experts per layer: 620 M parameters, 2.5 GB
-    python scripts/bench_pipeline.py --experts 8 32 --no-forward    how plan and apply grow with bytes
+    python scripts/bench/pipeline.py                    8 experts per layer: 620 M parameters, 2.5 GB
+    python scripts/bench/pipeline.py --experts 8 32 --no-forward    how plan and apply grow with bytes
 
 The checkpoint has switch-base geometry (d_model 768, d_ff 3072, 12 + 12 blocks, every second one sparse, float32);
 its experts are one feed-forward network plus noise, neurons permuted. Floors, measured in the same run: copying the

@@ -1,8 +1,8 @@
 """Time and peak memory of factorising a synthetic switch-base-8 (620 M parameters), and of its forward pass.
 
-    python scripts/bench_factorize.py
+    python scripts/bench/factorize.py
 
-The checkpoint is that of scripts/bench_pipeline.py: 88 experts of 3072 x 768 in the 11 layers that are factorised. The
+The checkpoint is that of scripts/bench/pipeline.py: 88 experts of 3072 x 768 in the 11 layers that are factorised. The
 floor is measured in the same run: one full singular value decomposition of the same 176 matrices by torch, a batch per
 layer and matrix, and a copy of the bytes read and written. Each stage is a process of its own; memory is its peak
 resident size. The forward pass is that of one expert stack on tokens already sorted, at ranks 8 to 256, beside dense.
@@ -21,7 +21,7 @@ SCRIPT = sys.argv[0]
 if "--stage" in sys.argv:
     sys.argv[0] = "msmoe"  # as the command does: the model classes are imported where a stage needs them
 
-from bench_pipeline import D_FF, D_MODEL, best_of, build, data_of, run_stage_of  # noqa: E402
+from pipeline import D_FF, D_MODEL, best_of, build, data_of, run_stage_of  # noqa: E402
 
 from msmoe.checkpoint import Checkpoint  # noqa: E402
 from msmoe.evaluation.run import peak_memory  # noqa: E402

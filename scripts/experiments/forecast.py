@@ -1,6 +1,6 @@
 """Is the forecast one? Predicted errors of the demo checkpoint at every size, beside what compressing it really does.
 
-    python scripts/forecast_demo.py
+    python scripts/experiments/forecast.py
 
 Every method and size is applied with a uniform budget and measured on held-out data: KL divergence from the full model
 and loss increase per target token, on passages and on tasks, and exact match; the loss also with a single layer

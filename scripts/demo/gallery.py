@@ -1,6 +1,6 @@
 """Screenshots of a report on the demo checkpoint, for the README; needs Chromium and playwright.
 
-    python scripts/gallery.py                  into analysis/gallery, from artefacts made in build/gallery
+    python scripts/demo/gallery.py                  into analysis/gallery, from artefacts made in build/gallery
 
 The report is of the demo checkpoint, statistics of its calibration records, m-smoe-refit at 4 of 16 experts, the same
 factorised, and the comparison kept in analysis/results/demo.
@@ -16,7 +16,7 @@ from PIL import Image
 import msmoe
 from msmoe.demo import CALIBRATION, CHECKPOINT
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SHOTS = {  # name -> first element, last element, width of the window, colours
     "usage": ("#glance", "#usage-evenness", 1280, "light"),

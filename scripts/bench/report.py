@@ -1,7 +1,7 @@
 """How long a report takes, how much memory, how large it is and how fast it opens: 24 MoE layers of 256 experts.
 
-    python scripts/bench_report.py                  builds the model (0.2 GB) and its artefacts once
-    python scripts/bench_report.py --experts 64
+    python scripts/bench/report.py                  builds the model (0.2 GB) and its artefacts once
+    python scripts/bench/report.py --experts 64
 
 The model is a random Switch model (12 + 12 blocks, all sparse, d_model 64, d_ff 128, bfloat16) profiled on random
 tokens of four domains, with a plan of m-smoe at a quarter of the experts and what it makes. Each row is a

@@ -1,7 +1,7 @@
 """Damage every kind of input in every known way and see that each command refuses it in one line or handles it.
 
-python scripts/fuzz.py --cases 2000 --seed 0 [--kind NAME] [--jobs 1] [--keep DIR]
-python scripts/fuzz.py --replay KIND:SEED [--keep DIR]
+python scripts/experiments/fuzz.py --cases 2000 --seed 0 [--kind NAME] [--jobs 1] [--keep DIR]
+python scripts/experiments/fuzz.py --replay KIND:SEED [--keep DIR]
 """
 
 import argparse
@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
+TESTS = Path(__file__).resolve().parents[2] / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "faults")]
 
 from campaign import cases_of, prepare, run, share, table  # noqa: E402

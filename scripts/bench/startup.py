@@ -1,6 +1,6 @@
 """How long the light commands take, and the memory they need: the best of some runs, each in a fresh process.
 
-python scripts/bench_startup.py [CKPT [STATS]]
+python scripts/bench/startup.py [CKPT [STATS]]
 """
 
 import os

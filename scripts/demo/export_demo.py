@@ -1,6 +1,6 @@
 """Turn the trained state of `train_demo.py` into the embedded demo: checkpoint, data, model card with measured scores.
 
-python scripts/export_demo.py --workdir build/demo
+python scripts/demo/export_demo.py --workdir build/demo
 """
 
 import argparse
@@ -186,8 +186,8 @@ tokenizer of {CONFIG["vocab_size"]:,} pieces. It is a demonstration, good for no
 
 ## Training
 
-    python scripts/train_demo.py --workdir build/demo
-    python scripts/export_demo.py --workdir build/demo
+    python scripts/demo/train_demo.py --workdir build/demo
+    python scripts/demo/export_demo.py --workdir build/demo
 
 {step:,} steps of 32 passages (span corruption, 80 tokens each) and 48 task examples, seed 0, on one CPU core; the log is
 `training_log.jsonl`. Every number below was measured by the second command.

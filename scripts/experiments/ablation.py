@@ -1,6 +1,6 @@
 """Compare merging variants on the demo checkpoint at several sizes: one calibration, one table in Markdown.
 
-python scripts/ablation_demo.py
+python scripts/experiments/ablation.py
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """How often the tests of `msmoe compare` find a difference where there is none, and what its intervals cover.
 
-    python scripts/simulate_significance.py                    the table, about four minutes on one core
-    python scripts/simulate_significance.py --trials 200
+    python scripts/experiments/simulate_significance.py                    the table, about four minutes on one core
+    python scripts/experiments/simulate_significance.py --trials 200
 
 Two methods of the same skill answer the same examples. A score is the difficulty of the example (standard deviation 1,
 shared by all runs), plus what the seed of the run adds to all of them, plus noise of the run on the example. Both

@@ -1,8 +1,8 @@
 """Rows and ablations of the switch-base-32 table of M-SMoE (arXiv 2310.01334, table 2), on any checkpoint and tasks.
 
-    python scripts/published_table.py --out build/published                        the demo checkpoint and its tasks
-    python scripts/published_table.py --checkpoint switch-base-32 --data calibration.jsonl --recover-data train.jsonl \
-        --tasks tasks --experts 8 --out build/published                            the real one, with the paper's tasks
+    python scripts/experiments/published_table.py --out build/published    the demo checkpoint and its tasks
+    python scripts/experiments/published_table.py --checkpoint switch-base-32 --data calibration.jsonl \
+        --recover-data train.jsonl --tasks tasks --experts 8 --out build/published    the paper's tasks
 
 Every row stores the same bytes and is recovered the same way. One table sets our scores beside the published ones
 (task by task where a task file has the name of a published one, e.g. tasks/sst2.jsonl); a second one has the ablations.

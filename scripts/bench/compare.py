@@ -1,7 +1,7 @@
 """What `msmoe compare` does once for all methods on a synthetic switch-base checkpoint: calibration and planning.
 
-    python scripts/bench_compare.py                     calibration at 8 experts (2.5 GB), planning at 32 (7.9 GB)
-    python scripts/bench_compare.py --only planning --experts 8 --records 64
+    python scripts/bench/compare.py                     calibration at 8 experts (2.5 GB), planning at 32 (7.9 GB)
+    python scripts/bench/compare.py --only planning --experts 8 --records 64
 
 Calibration: recording the statistics that every method together needs, beside one stock transformers forward pass over
 the same batches, head left out; no more than 1.5 x. Output gradients are recorded for `FISHER_RECORDS` of 256 records,
@@ -10,7 +10,7 @@ or the same share of fewer. Loading the model and saving the statistics count fo
 Planning: every method of the table, one after the other, by one `Planner` in all 12 MoE layers; under a minute. The
 first of the methods that share what experts give pays for all. Aligning neurons belongs to `apply`.
 
-The checkpoint is that of scripts/bench_pipeline.py. Each stage is a process of its own.
+The checkpoint is that of scripts/bench/pipeline.py. Each stage is a process of its own.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SCRIPT = sys.argv[0]
 if "--stage" in sys.argv:
     sys.argv[0] = "msmoe"  # as the command does: the model classes are imported where a stage needs them
 
-from bench_pipeline import (  # noqa: E402
+from pipeline import (  # noqa: E402
     BATCH_SIZE,
     NUM_RECORDS,
     build,

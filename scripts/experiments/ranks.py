@@ -1,6 +1,6 @@
 """Does merging lower the stable rank of experts? Members, merged experts, and the control: random groups, same sizes.
 
-python scripts/ranks_demo.py
+python scripts/experiments/ranks.py
 
 For the merged layers of a plan of `m-smoe` on the demo checkpoint: mean stable rank |W|_F^2 / |W|_2^2 of the members,
 of the merged experts (and once more with `wo` refit), and of plain averages of random groups of the same sizes. Groups
