@@ -1,17 +1,21 @@
 """Refits of whole checkpoints solve for the routing that the written model does."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny import LAYERS, compress, load_tensors, plan_for
+from tiny import LAYERS, compress, layer_plan, load_tensors, plan_for
 
 from msmoe.checkpoint import Checkpoint
 from msmoe.cli import main
 from msmoe.compression.apply import apply
+from msmoe.compression.group import Sources, merge_one
 from msmoe.compression.layer_errors import layer_errors
-from msmoe.compression.refitting import planned_routing
+from msmoe.compression.refitting import has_overlaps, planned_routing, refit_layers
 from msmoe.compression.sequential import kept_router, moved_inputs
+from msmoe.families import FAMILIES
+from msmoe.formats.layout import build_export
 from msmoe.layer.expert import switch_expert
 from msmoe.merge import refit_output
 from msmoe.planning.plan import Group, LayerPlan, Plan
@@ -30,7 +34,7 @@ def solved_by_hand(before, layer, merged, target, gate, stats):
     sample, weights = stats.tokens(), stats.tokens().weights(stats.dispatched)
     wanted = torch.zeros_like(sample.inputs)
     for t in range(len(sample)):
-        wanted[t] = expert_of(before, layer, int(sample.expert[t]))(sample.inputs[t : t + 1])[0] * sample.gate[t]
+        wanted[t] = expert_of(before, layer, int(sample.expert[t, 0]))(sample.inputs[t : t + 1])[0] * sample.gate[t]
     found = []
     for g, expert in enumerate(merged):
         mine = target == g
@@ -119,9 +123,6 @@ def test_a_sequential_refit_of_a_pruned_model_begins_as_the_independent_one(expo
 def test_a_narrowed_router_chooses_as_the_written_one(switch, stats, data, records):
     """What a sequential refit sees in the first layer is what the plan's routing says of it."""
     from msmoe.calibration.records import TokenRecord
-    from msmoe.compression.group import Sources
-    from msmoe.families import FAMILIES
-    from msmoe.formats.layout import build_export
 
     family, checkpoint, layer = FAMILIES["switch_transformers"], Checkpoint(switch), LAYERS[0]
     plan = plan_for(checkpoint, {layer: PRUNED}, others="remove", refit="sequential")
@@ -131,8 +132,8 @@ def test_a_narrowed_router_chooses_as_the_written_one(switch, stats, data, recor
     tokens = [TokenRecord(r["input_ids"], r["labels"]) for r in records]
     moved = moved_inputs(sources, model, layer, stats.layers[layer].tokens(), tokens, pad_id=0)
     expected = planned_routing(sources, layout, layer, None)
-    assert torch.equal(torch.tensor(PRUNED.expert_map)[moved.expert], expected.experts[:, 0])
-    torch.testing.assert_close(moved.gate, expected.weights[:, 0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(torch.tensor(PRUNED.expert_map)[moved.expert], expected.experts)
+    torch.testing.assert_close(moved.gate, expected.weights, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("flags", "refit"), [("--refit", "independent"), ("--no-refit", "none"), ("", "none"),
@@ -147,3 +148,35 @@ def test_refit_is_a_flag_of_every_method(flags, refit, switch, stats, tmp_path, 
         main()
     assert not done.value.code
     assert Plan.load(tmp_path / "plan.json").parameters["refit"] == refit
+
+
+def test_where_tokens_meet_two_groups_those_of_a_layer_are_refitted_together(switch, stats):
+    """Each token goes to its expert and, at half the gate, to the next one; experts 0-1 and 2-3 are merged."""
+    family, checkpoint, layer = FAMILIES["switch_transformers"], Checkpoint(switch), stats.layers[LAYER]
+    one = layer.tokens()
+    second = (one.expert + 1) % 6
+    sample = replace(
+        one, expert=torch.cat([one.expert, second], 1), gate=torch.cat([one.gate, one.gate / 2], 1),
+        chance=torch.ones(len(one), 1, dtype=torch.float64),
+    )  # fmt: skip
+    both = replace(stats, layers={**stats.layers, LAYER: replace(layer, sample=sample)})
+    planned = layer_plan(6, [0, 1], [2, 3], [4], [5])
+    plan = plan_for(checkpoint, {LAYER: planned}, refit="independent")
+    sources, layout = Sources(family, checkpoint, plan, both), build_export("exact", family, checkpoint, plan)
+    assert has_overlaps(sources, layout)
+    before = load_tensors(switch)
+    stored = [expert_of(before, LAYER, e) for e in (0, 2, 4, 5)]
+    plain = list(stored)
+    for g, (expert, report) in zip((0, 1), refit_layers(sources, layout, {}, workers=2), strict=True):
+        stored[g] = expert
+        plain[g] = merge_one(sources, layout, LAYER, g)[0]
+        assert report.refit.ridge is not None
+    places, error = torch.tensor(planned.expert_map), {"plain": 0.0, "refit": 0.0}
+    for t in range(len(sample)):
+        x, gates = sample.inputs[t : t + 1], sample.gate[t].tolist()
+        chosen = list(zip(sample.expert[t].tolist(), gates, strict=True))
+        wanted = sum(gate * expert_of(before, LAYER, e)(x) for e, gate in chosen)
+        for name, experts in (("plain", plain), ("refit", stored)):
+            given = sum(gate * experts[int(places[e])](x) for e, gate in chosen)
+            error[name] += float((given - wanted).square().sum())
+    assert error["refit"] < 0.7 * error["plain"]
