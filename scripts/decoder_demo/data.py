@@ -16,6 +16,7 @@ import sysconfig
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from babel import Locale
@@ -36,6 +37,7 @@ from demo_data import (
     unit_hash,
 )
 
+SUFFIXES = {"territories": "", "languages": " language", "currencies": " currency"}
 ARROW = " => "  # one piece of the tokenizer: what stands left and right of it is tokenised separately
 LANGUAGES = [
     "fr", "de", "es", "it", "pt", "nl", "sv", "da", "fi", "hu", "pl", "cs", "sk", "ro", "tr", "id", "hr",
@@ -70,15 +72,26 @@ class Fact:
         return self.kind if self.kind == "cities" else f"{self.kind} {self.question.rsplit(' in ', 1)[1]}"
 
     @property
+    def is_copy(self) -> bool:
+        """Whether the answer is the name that the question asks about."""
+        if self.kind in SUFFIXES:
+            asked = self.question.rsplit(" in ", 1)[0].removesuffix(SUFFIXES[self.kind])
+        else:
+            asked = self.question.removeprefix("city ") if self.kind == "cities" else self.question.split(" of ", 1)[1]
+        return asked.casefold() == self.target.casefold()
+
+    @property
     def role(self) -> str:
         """`calibration`, `test` or `other`; all three are trained on."""
+        if self.is_copy:
+            return "other"
         u = unit_hash("role " + self.source)
         if u < CALIBRATION_SHARE:
             return "calibration"
         return "test" if u < CALIBRATION_SHARE + TEST_SHARE else "other"
 
 
-def names(kind: str, suffix: str) -> Iterator[Fact]:
+def names(kind: str) -> Iterator[Fact]:
     """Names of CLDR's `territories`, `languages` or `currencies` in other languages."""
     english = {k: clean(v) for k, v in getattr(Locale.parse("en"), kind).items() if not k.isdigit()}
     for code in LANGUAGES:
@@ -86,7 +99,7 @@ def names(kind: str, suffix: str) -> Iterator[Fact]:
         translated = getattr(Locale.parse(code), kind)
         for key, name in english.items():
             if key in translated and "(" not in name:
-                yield Fact(kind, key, f"{name}{suffix} in {language}", clean(translated[key]))
+                yield Fact(kind, key, f"{name}{SUFFIXES[kind]} in {language}", clean(translated[key]))
 
 
 def cities() -> Iterator[Fact]:
@@ -120,16 +133,13 @@ def countries() -> Iterator[Fact]:
 
 
 def facts() -> list[Fact]:
-    """All facts in hash order; those with an answer equal to the name asked about, or several answers, are left out."""
-    found = [
-        *names("territories", ""), *names("languages", " language"), *names("currencies", " currency"), *cities(),
-        *countries(),
-    ]  # fmt: skip
-    english = {kind: getattr(Locale.parse("en"), kind) for kind in ("territories", "languages", "currencies")}
+    """All facts in hash order, without those of several answers and those whose answer is the name asked about.
+
+    Capitals named like their country stay, and are neither for calibration nor for the test.
+    """
     by_question = defaultdict(list)
-    for fact in found:
-        asked = english[fact.kind][fact.entity] if fact.kind in english else fact.question.split(" ", 1)[1]
-        copied = clean(asked).casefold() == fact.target.casefold()
+    for fact in chain(*map(names, SUFFIXES), cities(), countries()):
+        copied = fact.is_copy and fact.kind != "countries"
         if not copied and 0 < len(fact.target) < 40 and "=>" not in fact.question + fact.target:
             by_question[fact.question].append(fact)
     unique = [same[0] for same in by_question.values() if len({f.target for f in same}) == 1]

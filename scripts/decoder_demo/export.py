@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import Fact, cut, facts, texts, unit_hash
+from data import SUFFIXES, Fact, cut, facts, texts, unit_hash
 from prove import DEMO, MASKED_EXPERTS, Proofs, losses, matrix, prove
 from train import CONFIG, FACT_LENGTH, MAX_FACT_TOKENS, TEXT_LENGTH, Trainer, fact_tokens
 from transformers import PreTrainedTokenizerFast
@@ -23,7 +23,6 @@ TEST_FACTS = 120  # of every kind
 NEAR_FACTS = 400
 CHOICE_ITEMS, CHOICES = 100, 4  # items of every kind
 ALIKE = 6  # neighbours of the right answer that wrong ones are drawn from
-NAMES = ("territories", "languages", "currencies")  # kinds that ask about one thing in many languages
 MAX_BYTES = 17_000_000
 SOURCES = """| package | licence stated by the package | used for |
 |---|---|---|
@@ -119,7 +118,7 @@ def write_data(folder: Path, text: dict, known: list[Fact]) -> dict[str, int]:
         for kind in by_kind(known).values()
         for fact in [f for f in kind if f.role == "calibration"][:CALIBRATION_FACTS]
     ]
-    seen = {(f.kind, f.entity) for f in chosen if f.kind in NAMES}
+    seen = {(f.kind, f.entity) for f in chosen if f.kind in SUFFIXES}
     test = [f for f in known if f.role == "test"]
     far = [
         f for kind in by_kind([f for f in test if (f.kind, f.entity) not in seen]).values() for f in kind[:TEST_FACTS]
@@ -228,7 +227,8 @@ command, the saved bfloat16 weights computed in float32.
 
 ## Facts
 
-The answer is not in the question; facts whose answer is the name asked about are left out, and those of more than
+The answer is not in the question; facts whose answer is the name asked about are left out (but for capitals
+named like their country, which are in no file), and those of more than
 {MAX_FACT_TOKENS} tokens. All are trained on: the question is not whether the model generalises but whether it still knows them
 afterwards. Two disjoint sets are drawn by hash, for calibration and for the test. Exact match of greedy `generate` on
 `tasks/facts.jsonl`, by kind:
