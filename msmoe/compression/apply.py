@@ -29,6 +29,7 @@ from msmoe.compression.sequential import merge_sequentially
 from msmoe.errors import UserError, choose
 from msmoe.families import Family, family_of
 from msmoe.families.loading import check_complete
+from msmoe.families.quantised import encoded
 from msmoe.files import Output
 from msmoe.formats.build import EXPORTS, build_export
 from msmoe.formats.layout import Layout
@@ -214,19 +215,21 @@ def merge(
         copy_tensors(writer, layout, source)
         with single_threaded():
             routers = write_routers(writer, layout, sources, router)
-        unwritten = Counter(part.key for parts in layout.merged.values() for part in parts)
+        places = {key: [place for part in parts for place in part.places] for key, parts in layout.merged.items()}
+        unwritten = Counter(place.tensor for each in places.values() for place in each)
         writer.finish_copied()
         for layer, g, merged, report in merge_groups(
             sources, layout, writer.done, routers=routers, data=data, workers=workers, progress=progress
         ):
             note = report.describe() | {"crc32": []}
             for part in layout.merged[layer, g]:
-                note["crc32"].append(writer.write_place(part.places[0], part.join(merged.weights)))
+                for place, tensor in encoded(part, part.join(merged.weights), writer.specs):
+                    note["crc32"].append(writer.write_place(place, tensor))
             writer.note(f"{layer}/{report.dominant}", note)
-            for part in layout.merged[layer, g]:
-                unwritten[part.key] -= 1
-                if unwritten[part.key] == 0 and part.key not in writer.done:
-                    writer.finish(part.key)
+            for name, _, _ in places[layer, g]:
+                unwritten[name] -= 1
+                if unwritten[name] == 0 and name not in writer.done:
+                    writer.finish(name)
         notes = [writer.notes[f"{layer}/{plan.layers[layer].groups[g].dominant}"] for layer, g in layout.merged]
         drop_rates = capacity_drop_rates(layout, plan, stats, source)
         write_metadata(writer, layout, sources, notes, router, routers, drop_rates)
@@ -328,7 +331,8 @@ def merge_groups(
     progress: Progress | None,
 ) -> Iterator[tuple[str, int, Expert, GroupReport]]:
     """Merge every group whose tensors are not written yet; yields (layer, group, expert, report) in plan order."""
-    pending = [key for key, parts in layout.merged.items() if not {part.key for part in parts} <= done]
+    places = {key: {place.tensor for part in parts for place in part.places} for key, parts in layout.merged.items()}
+    pending = [key for key, names in places.items() if not names <= done]
     rows = {layer: stored_rows(layout, layer, fit.rows) for layer, fit in routers.items()}
     refit = sources.plan.parameters.refit
     if refit == "sequential" and pending:

@@ -14,6 +14,7 @@ from msmoe.families.axes import Axis, SlicedTensor, with_count
 from msmoe.families.blocks import Block, blocks_of, fields_of
 from msmoe.families.names import DiskNames, StoredStack
 from msmoe.families.protocol import MoELayer
+from msmoe.families.quantised import why_unwritten
 from msmoe.families.skeletons import skeleton
 from msmoe.families.special import REFUSED
 
@@ -82,7 +83,8 @@ class Discovery:
         d_model, d_ff = reversed(shape) if output.held.transposed else shape
         inputs = [role for role in dtypes if not role.startswith("output")]
         attention = not block.special.activates(self.model.get_submodule(block.experts))
-        alone = "experts of an attention can be pruned only" if attention else ""
+        reasons = (why_unwritten(checkpoint, stack.part(0)) for stack in self.stacks[block.name])
+        alone = "experts of an attention can be pruned only" if attention else next(filter(None, reasons), "")
         return MoELayer(
             block.name,
             self.exact.get(block.name, {}).get("rows", block.num_experts),

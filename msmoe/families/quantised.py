@@ -9,6 +9,7 @@ Shapes: O outputs, I inputs.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from msmoe.errors import UserError
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from msmoe.checkpoint.reader import Checkpoint
-    from msmoe.layer.stored import StoredPart
+    from msmoe.checkpoint.reader import Checkpoint, TensorSpec
+    from msmoe.layer.stored import Place, StoredPart
 
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 FP4_LARGEST_EXPONENT = 2  # of 6.0 = 1.5 * 2**2
@@ -49,15 +50,57 @@ def scales_of(checkpoint: Checkpoint, part: StoredPart) -> Tensor:
     Raises:
         UserError: if they are missing, or others than those of the two formats that are read.
     """
-    names = [name for name, _ in part.companions]
-    if part.encoding not in ("fp8", "mxfp4") or len(names) != 1 or not names[0].endswith(SCALE_NAMES):
-        beside = f" with {', '.join(names)} beside it" if names else ""
-        raise UserError(
-            f"{checkpoint.path}: {part.key} is {checkpoint.spec(part.key).dtype}{beside}: of this quantisation experts "
-            "can be pruned, but not read or merged"
-        )
+    if reason := why_unread(checkpoint, part):
+        raise UserError(f"{checkpoint.path}: {reason}")
     name, index = part.companions[0]
     return checkpoint.read(name, index=index)
+
+
+def why_unread(checkpoint: Checkpoint, part: StoredPart) -> str:
+    """Why the values of a part are not read; "" where they are."""
+    names = [name for name, _ in part.companions]
+    if part.encoding == "plain" and not names:
+        return ""
+    if part.encoding in ("fp8", "mxfp4") and len(names) == 1 and names[0].endswith(SCALE_NAMES):
+        return ""
+    beside = f" with {', '.join(names)} beside it" if names else ""
+    return (
+        f"{part.key} is {checkpoint.spec(part.key).dtype}{beside}: of this quantisation experts can be pruned, but not "
+        "read or merged"
+    )
+
+
+def why_unwritten(checkpoint: Checkpoint, part: StoredPart) -> str:
+    """Why other values cannot be written in the place of a part; "" where they can."""
+    if reason := why_unread(checkpoint, part):
+        return reason
+    if part.index is not None and any(index is None for _, index in part.companions):
+        return f"{part.companions[0][0]} is shared by all experts, which can be pruned, but not merged"
+    return ""
+
+
+def encoded(
+    part: StoredPart, values: Tensor, specs: Mapping[str, TensorSpec]
+) -> Iterator[tuple[Place, Tensor]]:
+    """What is stored of a part's values: themselves, or codes and scales.
+
+    Args:
+        specs: of the tensors that are written.
+    """
+    from msmoe.checkpoint.reader import to_dtype
+
+    place, *companions = part.places
+    if part.encoding == "plain":
+        yield place, values
+        return
+    (scale,) = companions
+    codes, scales = (
+        to_fp8(values, to_dtype(specs[part.key].dtype), scale.shape(specs[scale.tensor].shape))
+        if part.encoding == "fp8"
+        else to_mxfp4(values)
+    )
+    yield place, codes
+    yield scale, scales
 
 
 def fp8_values(raw: Tensor, scales: Tensor) -> Tensor:

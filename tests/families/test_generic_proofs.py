@@ -20,6 +20,7 @@ from msmoe.checkpoint.writer import CheckpointWriter
 from msmoe.compression.apply import copy_tensors, write_cut
 from msmoe.families.generic import GENERIC
 from msmoe.formats.build import build_export
+from msmoe.planning.parameters import Parameters
 from msmoe.planning.plan import Group, LayerPlan, Plan
 
 
@@ -63,7 +64,7 @@ def write(checkpoint, kept, out):
     """A native checkpoint in which every layer keeps some experts."""
     layers = {layer.name: layer for layer in GENERIC.layers(checkpoint)}
     plans = {name: pruned(layers[name].num_experts, experts) for name, experts in kept.items()}
-    plan = Plan("frequency", {"others": "remove"}, 0, {}, {}, plans)
+    plan = Plan("frequency", Parameters(others="remove"), 0, {}, {}, plans)
     layout = build_export("native", GENERIC, checkpoint, plan)
     with CheckpointWriter(out, layout.tensors, identity="test") as writer:
         copy_tensors(writer, layout, checkpoint)
