@@ -79,9 +79,7 @@ def why_unwritten(checkpoint: Checkpoint, part: StoredPart) -> str:
     return ""
 
 
-def encoded(
-    part: StoredPart, values: Tensor, specs: Mapping[str, TensorSpec]
-) -> Iterator[tuple[Place, Tensor]]:
+def encoded(part: StoredPart, values: Tensor, specs: Mapping[str, TensorSpec]) -> Iterator[tuple[Place, Tensor]]:
     """What is stored of a part's values: themselves, or codes and scales.
 
     Args:
