@@ -205,7 +205,7 @@ def calibrate(
     chosen = choose_records(records, samples, seed=seed)
     tokens = tokenize(
         chosen, tokenizer, pad_id=special.pad_id, eos_id=special.eos_id, vocab_size=special.vocab_size,
-        max_source_length=max_source_length, max_target_length=max_target_length, seed=seed,
+        max_source_length=max_source_length, max_target_length=max_target_length, seed=seed, causal=special.is_causal,
     )  # fmt: skip
     left_out = len(chosen) - len(tokens)
     described = {"seed": seed, "max_source_length": max_source_length, "max_target_length": max_target_length}

@@ -211,7 +211,6 @@ class Planner:
         """What similarities and searches may look at of a layer."""
         if name not in self._views:
             router = self.family.router(self.source, name)
-            router = self.family.router(self.source, name)
             self._views[name] = LayerView(
                 stats=self.stats.layers[name],
                 router=router,
