@@ -160,6 +160,7 @@ class Planner:
         Raises:
             UserError: as `plan`, and for factors whose sizes follow from the merged weights.
         """
+        choices = with_defaults(self.family, export, choices)
         request = self._request(method, keep_layers, seed, round_to, choices)
         counts = {name: (self.stats.layers[name].num_experts, count) for name, count in request.counts.items()}
         return sketched_bytes(self.family, self.source, method, request.parameters, counts, export=export)
