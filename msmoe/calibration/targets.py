@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from msmoe.calibration.spans import IGNORE
+from msmoe.calibration.tokenizer import is_causal
 
 SLICE = 2**24  # logits that are there at once, at most: 64 MiB in float32
 
@@ -62,7 +63,7 @@ def targets_of(model: Any, batch: dict[str, Tensor], *, encoded: Any = None) -> 
     """
     labels = batch["labels"]
     valid = labels != IGNORE
-    if not model.config.is_encoder_decoder:
+    if is_causal(model.config):
         valid[:, 0] = False  # no position before it predicts it
         states_BSD, last = states_of_decoder(model, batch)
         states, logits = states_BSD[:, :-1][valid[:, 1:]], lambda states_nD: scored(model, last, states_nD)

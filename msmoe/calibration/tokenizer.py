@@ -45,8 +45,9 @@ class SpecialTokens:
         return self.start_id is None
 
 
-def is_causal(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration is of a decoder-only model."""
+def is_causal(config: Any) -> bool:
+    """Whether a configuration, of a file or of a model in memory, is of a decoder-only model."""
+    config = config if isinstance(config, Mapping) else vars(config)
     return not config.get("is_encoder_decoder") and not any(key in config for key in ENCODER_DECODER)
 
 

@@ -15,8 +15,8 @@ ERROR_MEANING = (
     "tokens that it stands for; 100 % is as far off as no output"
 )
 ROUTING_MEANING = (
-    "as exported: the same error with the routers of the native export, whose gate values are not those that the refit "
-    "was solved for; an exact export keeps the error after refit"
+    "as exported: the same error of the whole layer under the routers of the native export, those that a refit is "
+    "solved for, with the weights as written: they have seen the held-out tokens"
 )
 
 

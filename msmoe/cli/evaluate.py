@@ -52,12 +52,12 @@ def command(
     """Measure a checkpoint on tasks, with 95 % bootstrap intervals. Reads originals and all exports.
 
     \b
-    exact_match  what `generate` writes equals the target; an answer that is no label is wrong
-    accuracy     the label, or the choice, of highest likelihood is the right one
-    macro_f1     of the generated answers, averaged over labels
-    loss         cross-entropy per target token, in nats
-    perplexity   its exponential
-    kl           KL(reference || model) per target token, in nats
+    exact_match    what `generate` writes equals the target; an answer that is no label is wrong
+    accuracy       the label, or the choice, of highest likelihood is the right one
+    macro_f1       of the generated answers, averaged over labels
+    loss           cross-entropy per target token, in nats
+    perplexity     its exponential
+    kl             KL(reference || model) per target token, in nats
     accuracy_norm  as accuracy of choices, by likelihood per token
     Answers are greedy, whatever the checkpoint's own settings; the results say which were used.
     Example: msmoe evaluate switch-small --data tasks/sentiment.jsonl --out results.json

@@ -117,6 +117,14 @@ PROFILE_OPTIONS = (
         "--max-target-length", type=AT_LEAST_ONE, default=128, show_default=True, help="Longer targets are cut."
     ),
 )
+NO_REFIT = "msmoe.no_refit"
+
+
+def chosen_refit(context: click.Context, _: click.Parameter, value: str | None) -> str | None:
+    """The value of `--refit`, or of `--no-refit`, which was read before it."""
+    if context.meta[NO_REFIT] and value is not None:
+        raise UserError(f"--no-refit contradicts --refit {value}: give one of them")
+    return "none" if context.meta[NO_REFIT] else value
 
 
 def parameter_option(name: str) -> Callable:
@@ -127,11 +135,22 @@ def parameter_option(name: str) -> Callable:
         return click.option(flag.removesuffix("s"), name, multiple=True, metavar=metavar, help=about["help"])
     if kind is bool:
         return click.option(f"{flag}/--no-{flag.removeprefix('--')}", default=None, help=about["help"])
+    if name == "refit":
+        special = {"is_flag": False, "flag_value": "independent", "callback": chosen_refit}
+        return click.option(flag, help=about["help"], **special)
     return click.option(flag, type=str if metavar else kind, metavar=metavar, help=about["help"])
 
 
 PLAN_OPTIONS = (
     *(parameter_option(name) for name in FIELDS if name not in FACTOR_CHOICES),
+    click.option(
+        "--no-refit",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=lambda context, _, given: context.meta.update({NO_REFIT: given}),
+        help="The same as --refit none: output matrices as merged or kept.",
+    ),
     click.option(
         "--round-to",
         type=int,
@@ -146,8 +165,8 @@ APPLY_OPTIONS = (
         "--export",
         help="Default: exact for Switch, native for decoders. "
         "exact: any number of experts per layer, routing as the plan says; native: stock class, needs --budget "
-        "uniform --keep-layer none; its routers have fewer rows and other gate values than a refit was solved for: "
-        "what that costs is measured and printed; dense: a plain T5 from --experts 1 --keep-layer none.",
+        "uniform --keep-layer none; its routers have fewer rows and other gate values, for which a refit is "
+        "solved: what they cost is measured and printed; dense: a plain T5 from --experts 1 --keep-layer none.",
     ),
     click.option(
         "--router",

@@ -152,7 +152,8 @@ def routing_costs(
 ) -> dict[str, tuple[float, float]]:
     """What the reduced routers of a `native` export cost: output errors under the plan's routing, and under theirs.
 
-    A refit solves for the original's gate values; a router with fewer rows gives others.
+    A refit of a native export solves for the routing of its own routers: under the plan's routing, with the gate values
+    of the original, such weights are off.
 
     Returns:
         layer with a reduced router -> relative squared output errors on held-out tokens: with original rows and map, as

@@ -13,6 +13,7 @@ from msmoe.calibration.batches import IGNORE, collate, collate_prompts, pad
 from msmoe.calibration.causal import answered, prompt_length
 from msmoe.calibration.spans import TokenRecord
 from msmoe.calibration.targets import Targets, log_probabilities, targets_of
+from msmoe.calibration.tokenizer import is_causal
 from msmoe.evaluation.answers import generating
 
 
@@ -83,7 +84,7 @@ class CausalBatch:
 
 def batch_of(model: Any, records: Sequence[TokenRecord], *, pad_id: int) -> Batch:
     """Records before a model of either kind."""
-    kind = Seq2SeqBatch if model.config.is_encoder_decoder else CausalBatch
+    kind = CausalBatch if is_causal(model.config) else Seq2SeqBatch
     return kind(model, records, pad_id=pad_id)
 
 

@@ -17,7 +17,7 @@ from msmoe.calibration.files import STANDARD_INPUT, DataError, stem_of
 from msmoe.calibration.records import Columns, Record, Records, Source, choose_records, kind_of, read_records
 from msmoe.calibration.subject import loaded_from
 from msmoe.calibration.tokenization import TokenRecords, tokenize
-from msmoe.calibration.tokenizer import SpecialTokens, encode, load_tokenizer, special_tokens
+from msmoe.calibration.tokenizer import SpecialTokens, encode, is_causal, load_tokenizer, special_tokens
 from msmoe.checkpoint import Checkpoint
 from msmoe.compression.provenance import original_fingerprint
 from msmoe.device import AUTO, choose_device, choose_dtype, memory_explained
@@ -111,7 +111,7 @@ def evaluate(
         if metrics:
             wanted = check_metrics(metrics, every, data, has_reference=reference is not None)
         else:
-            wanted = default_metrics(every, is_causal=special.is_causal, has_reference=reference is not None)
+            wanted = default_metrics(every, causal=special.is_causal, has_reference=reference is not None)
         raw = every if samples is None else choose_records(every, samples, seed=seed)
         tokens = tokenize(
             raw, tokenizer, pad_id=special.pad_id, eos_id=special.eos_id, vocab_size=special.vocab_size,
@@ -186,7 +186,7 @@ def reference_of(given: Any, model: Any) -> Any:
     """
     if isinstance(given, str | Path):
         given = load(given, dtype=model.dtype).to(next(model.parameters()).device)
-    kinds = [m.config.is_encoder_decoder for m in (model, given)]
+    kinds = [is_causal(m.config) for m in (model, given)]
     own, other = (m.get_output_embeddings().weight.shape[0] for m in (model, given))
     if kinds[0] != kinds[1]:
         raise UserError("kl compares models of one kind: one of the two is decoder-only, the other has an encoder")
@@ -240,10 +240,10 @@ def allowed_metrics(records: Sequence[dict], *, has_reference: bool = False) -> 
     return tuple(name for name in METRICS if name in names)
 
 
-def default_metrics(records: Sequence[dict], *, is_causal: bool, has_reference: bool) -> tuple[str, ...]:
+def default_metrics(records: Sequence[dict], *, causal: bool, has_reference: bool) -> tuple[str, ...]:
     """Metrics that are measured unless the user says which."""
     allowed = allowed_metrics(records, has_reference=has_reference)
-    return tuple(name for name in allowed if is_causal or name != "perplexity")
+    return tuple(name for name in allowed if causal or name != "perplexity")
 
 
 def check_metrics(

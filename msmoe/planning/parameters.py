@@ -160,8 +160,9 @@ class Parameters:
     canonical: bool = choice(False, "Scale ReLU neurons to equal norms before matching.")
     refit: Refitting = choice(
         "none",
-        "none, independent, or sequential (layer by layer on the inputs that compressed layers give; needs the data at "
-        "apply); default: the method's.",
+        "Solve the output matrices again for the routing that the compressed layers do: none, independent, or "
+        "sequential (layer by layer on the inputs that compressed layers give; needs the data at apply); alone: "
+        "independent; default: the method's.",
         needs={("independent", "sequential"): (TOKENS,)},
     )
     routing: Kept = choice(

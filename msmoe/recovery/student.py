@@ -25,7 +25,7 @@ def forward(model: Any, batch: dict[str, Tensor], *, hidden: bool) -> tuple[Tens
     so its logits are those of one position before; the first, where no label counts, says nothing.
     """
     unwrapped = getattr(model, "module", model)
-    if not unwrapped.config.is_encoder_decoder:
+    if is_causal(unwrapped.config):
         return forward_of_decoder(model, unwrapped, batch, hidden=hidden)
     labels = batch["labels"]
     output = model(
@@ -74,7 +74,7 @@ def tokens_per_block(config: Any, num_inputs: int, num_targets: int) -> list[int
     Args:
         num_inputs: tokens that the encoder, or the decoder-only model, reads; num_targets: target tokens.
     """
-    if not config.is_encoder_decoder:
+    if is_causal(config):
         return [num_inputs] * config.num_hidden_layers
     return [num_inputs] * config.num_layers + [num_targets] * config.num_decoder_layers
 

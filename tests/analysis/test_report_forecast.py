@@ -32,7 +32,7 @@ from tiny import LAYERS, compress
 from msmoe.checkpoint import Checkpoint
 from msmoe.compression.apply import apply
 from msmoe.demo import CHECKPOINT as DEMO
-from msmoe.families import ExpertKeys, MoELayer
+from msmoe.families import MoELayer
 from msmoe.families.inspection import inspect
 from msmoe.forecasting import Forecast, LayerForecast, forecast
 from msmoe.planning.planner import plan as make_plan
@@ -181,7 +181,9 @@ def test_fewer_sizes_are_spread_evenly_over_octaves(num_experts, count, sizes):
 
 
 def big_planner(num_layers: int, num_experts: int, d_ff: int, stats):
-    layers = [MoELayer(f"decoder.{i}", num_experts, 64, d_ff, ExpertKeys("F32", "F32")) for i in range(num_layers)]
+    layers = [
+        MoELayer(f"decoder.{i}", num_experts, 64, d_ff, {"wi": "F32", "output": "F32"}) for i in range(num_layers)
+    ]
     return SimpleNamespace(layers=layers, stats=stats, compressible=lambda keep: layers)
 
 
@@ -190,7 +192,7 @@ def test_many_experts_are_bounded_to_a_few_layers_and_sizes(switch, stats):
     assert scope.layers == ("decoder.0", "decoder.8", "decoder.15", "decoder.23")
     assert scope.sizes == (16, 45, 128, 256)
     # 4 layers x 3 sizes x 256 experts x (0.55 ms + 2.2e-10 s x 128^3)
-    work = len(scope.layers) * 3 * seconds("m-smoe-refit", MoELayer("a", 256, 64, 128, ExpertKeys("F32", "F32")))
+    work = len(scope.layers) * 3 * seconds("m-smoe-refit", MoELayer("a", 256, 64, 128, {"wi": "F32", "output": "F32"}))
     assert work == pytest.approx(12 * 256 * (5.5e-4 + 2.2e-10 * 128**3))
     assert work < 3.2
 
@@ -213,7 +215,7 @@ def test_a_checkpoint_that_takes_too_long_is_not_forecast(switch, stats):
 
 
 def test_pruning_is_cheaper_than_merging():
-    layer = MoELayer("a", 8, 64, 3072, ExpertKeys("F32", "F32"))
+    layer = MoELayer("a", 8, 64, 3072, {"wi": "F32", "output": "F32"})
     assert seconds("reap", layer) == pytest.approx(8 * 5.5e-4)
     assert seconds("m-smoe", layer) > 40
 

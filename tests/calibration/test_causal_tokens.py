@@ -279,9 +279,11 @@ def test_ids_with_null_for_labels_are_blank_and_ids_alone_are_not():
 
 
 def test_configurations_say_whether_they_are_of_a_decoder():
+    assert is_causal(Qwen3MoeConfig())
     assert is_causal(Qwen3MoeConfig().to_dict())
     assert is_causal(MixtralConfig().to_diff_dict())
     for config in (SwitchTransformersConfig(), T5Config()):
+        assert not is_causal(config)
         assert not is_causal(config.to_dict())
         assert not is_causal(config.to_diff_dict())
     assert not is_causal({"model_type": "t5", "decoder_start_token_id": 0})

@@ -8,9 +8,9 @@ from tiny import LAYERS, batch_of, build_switch, profile_small, write_records
 from msmoe.calibration.batches import record_key
 from msmoe.calibration.output_gradients import log_likelihood
 from msmoe.calibration.records import TokenRecord
-from msmoe.families import FAMILIES
+from msmoe.families.switch import SwitchFamily
 
-FAMILY = FAMILIES["switch_transformers"]
+FAMILY = SwitchFamily()
 
 
 def token_record(record: dict) -> TokenRecord:

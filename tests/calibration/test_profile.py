@@ -13,7 +13,7 @@ from msmoe.calibration.recorder import Recorder
 from msmoe.calibration.records import TokenRecord
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
-from msmoe.families import FAMILIES
+from msmoe.families.switch import SwitchFamily
 
 SUMS = ("gate_mass", "soft_mass", "router_logits_gram", "input_sum", "input_abs_sum", "input_square_sum")
 
@@ -217,7 +217,7 @@ def test_gradient_grams_equal_those_of_a_loop_over_single_records(switch, record
 
 
 def test_hooks_are_removed_even_if_the_model_fails(switch):
-    family = FAMILIES["switch_transformers"]
+    family = SwitchFamily()
     model = family.load_model(switch, dtype=torch.float32)
     recorder = Recorder(family, model, sample_size=8, seed=0)
     with pytest.raises(IndexError), recorder.attached():  # token 999 is not in the vocabulary  # noqa: PT012

@@ -20,7 +20,7 @@ from msmoe.calibration.records import TokenRecord
 from msmoe.compression.apply import apply
 from msmoe.compression.sequential import moved_inputs
 from msmoe.errors import UserError
-from msmoe.families import FAMILIES
+from msmoe.families.switch import SwitchFamily
 from msmoe.planning.planner import plan as make_plan
 
 
@@ -59,7 +59,7 @@ def test_moved_inputs_are_what_the_router_sees_in_the_compressed_model(
     plan, out = sequential
     model = with_merged_experts(dropping_switch, out)
     layer, sample = LAYERS[-1], dropping_stats.layers[LAYERS[-1]].tokens()
-    sources = Sources(FAMILIES["switch_transformers"], Checkpoint(dropping_switch), plan, dropping_stats)
+    sources = Sources(SwitchFamily(), Checkpoint(dropping_switch), plan, dropping_stats)
     tokens = [TokenRecord(r["input_ids"], r["labels"]) for r in records]
     moved = moved_inputs(sources, model, layer, sample, tokens, pad_id=0)
 
@@ -85,7 +85,7 @@ def test_hooks_are_removed(dropping_switch, dropping_stats, sequential):
     from msmoe.compression.apply import Sources
 
     plan, _ = sequential
-    family = FAMILIES["switch_transformers"]
+    family = SwitchFamily()
     model = family.load_model(dropping_switch, dtype=torch.float32)
     sources = Sources(family, Checkpoint(dropping_switch), plan, dropping_stats)
     sample = dropping_stats.layers[LAYERS[0]].tokens()

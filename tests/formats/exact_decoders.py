@@ -53,6 +53,8 @@ FAMILIES = {  # model class, and what else its configuration needs
     "zaya": ("ZayaForCausalLM", {"num_experts_per_tok": 1}),  # a router class that skips the experts
     "llama4_text": ("Llama4ForCausalLM", {"num_experts_per_tok": 1}),  # weights on the input
     "longcat_flash": ("LongcatFlashForCausalLM", {"num_key_value_heads": 4, "zero_expert_num": 2}),
+    "inkling2_text": ("Inkling2ForCausalLM", {"unpadded_vocab_size": 96}),  # rows of shared experts at the router's end
+    "jetmoe": ("JetMoeForCausalLM", {"kv_channels": 8}),  # linear layers hold the experts, in the attention too
     "dbrx": (
         "DbrxForCausalLM",
         {
@@ -157,15 +159,16 @@ def write_exact(
     result = Exact(path, original, copy.deepcopy(original))
     axes, state = expert_axes(family), {k: v.clone() for k, v in original.state_dict().items()}
     overwritten, blocks = result.reference.state_dict(keep_vars=True), {}
-    names = [n for n, m in original.named_modules() if n.endswith(".experts")]
+    paths = [n for n, m in original.named_modules() if n.endswith(".experts") or hasattr(m, "input_linear")]
+    blocks_of = {n: n.removesuffix(".experts") if family != "jetmoe" else n for n in paths}
     generator = torch.Generator().manual_seed(7)
-    for position, experts in enumerate(names):
-        block, num_groups = experts.rpartition(".")[0], (3, 5, 4)[position % 3]
+    for position, (experts, block) in enumerate(blocks_of.items()):
+        num_groups = (3, 5, 4)[position % 3]
         kept = ROWS[position % 2] if rows else tuple(range(E))
         stored = (1, 3, 5, 7, 0)[:num_groups]
         mapping = [(3 * r + 1 + position) % num_groups for r in range(len(kept))]
-        spec = {"experts": "experts", "groups": num_groups}
-        inside = [k for k in axes if k.startswith(f"{experts}.")]
+        spec = {"experts": experts.removeprefix(block).removeprefix("."), "groups": num_groups}
+        inside = [k for k in axes if k.startswith(f"{experts}.") and ".router." not in k]
         for key in inside:
             matrices = selected(state[key], (*axes[key][:2], 0), stored).view(num_groups, -1, *state[key].shape[1:])
             if factors and key.endswith("_proj"):
@@ -203,7 +206,9 @@ def write_exact(
     for tied in original.all_tied_weights_keys:
         state.pop(tied, None)
     path.mkdir(parents=True, exist_ok=True)
-    on_disk = revert_weight_conversion(original, state)
+    added = (".expert_map", ".constants", ".U", ".V", ".S", ".rows")  # under the names they have in memory
+    ours = {key: state.pop(key) for key in list(state) if key.endswith(added)}
+    on_disk = revert_weight_conversion(original, state) | ours
     save_file({k: v.contiguous() for k, v in on_disk.items()}, path / "model.safetensors", metadata={"format": "pt"})
     original.config.save_pretrained(path)
     (path / "modeling_msmoe_decoder.py").write_text(code(FAMILIES[family][0], type(original.config).__name__))

@@ -1,5 +1,7 @@
 """Exact decoders against the stock model whose experts are the stored ones, loaded with the code beside the weights."""
 
+import json
+
 import pytest
 import torch
 from exact_decoders import FAMILIES, build, write_exact
@@ -9,7 +11,8 @@ import msmoe  # noqa: F401  the Auto classes know the folders
 from msmoe.formats.modeling.modeling_msmoe_decoder import HOW_TO_LOAD, Factors, grouped_linear
 
 IDS = torch.arange(3, 51).view(2, 24) * 7 % 93 + 3
-WITHOUT_FACTORS, WITHOUT_CONSTANTS = {"longcat_flash", "dbrx"}, {"longcat_flash", "llama4_text"}
+WITHOUT_FACTORS = {"longcat_flash", "dbrx", "jetmoe"}
+WITHOUT_CONSTANTS = {"longcat_flash", "llama4_text", "jetmoe"}
 KINDS = {
     "map": ({}, set()),
     "rows": ({"rows": True}, set()),
@@ -46,10 +49,11 @@ def test_logits_are_those_of_the_stock_model_with_the_stored_experts(family, kin
     close(logits_of(model), expected)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "gemma4_text", "llama4_text", "bailing_hybrid", "dbrx"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "gpt_oss", "gemma4_text", "llama4_text", "bailing_hybrid", "inkling2_text"]
+)
 def test_saved_and_loaded_again_it_is_the_same_model(family, tmp_path):
-    options = {} if family == "dbrx" else {"factors": (4, 0)}
-    model = load_exact(write_exact(family, tmp_path / "exact", **options).path)
+    model = load_exact(write_exact(family, tmp_path / "exact", factors=(4, 0)).path)
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits_of(load_exact(tmp_path / "saved")), logits_of(model))
     code = "modeling_msmoe_decoder.py"
@@ -128,16 +132,17 @@ def test_bfloat16_is_loaded_as_stored(tmp_path):
     close(logits_of(model), exact.expected(IDS), tolerance=0.05)
 
 
-@pytest.mark.parametrize(("family", "options", "said"), [
-    ("longcat_flash", {"factors": (3, 2)}, "factorised matrices are not supported for LongcatFlashExperts"),
+@pytest.mark.parametrize(("family", "entry", "said"), [
+    ("longcat_flash", {"factors": {"down_proj": [3, 2]}}, "factorised matrices are not supported for LongcatFlashExp"),
     ("llama4_text", {"constants": 1}, "constant outputs are not supported for Llama4TextExperts"),
+    ("jetmoe", {"constants": 1}, "are not supported for JetMoeMoE"),
 ])  # fmt: skip
-def test_what_a_family_cannot_have_is_refused(family, options, said, tmp_path):
-    exact = write_exact(family, tmp_path / "exact", **options) if family == "longcat_flash" else None
-    if exact is None:
-        exact = write_exact(family, tmp_path / "exact")
-        config = (exact.path / "config.json").read_text().replace('"groups"', '"constants": 1, "groups"')
-        (exact.path / "config.json").write_text(config)
+def test_what_a_family_cannot_have_is_refused(family, entry, said, tmp_path):
+    exact = write_exact(family, tmp_path / "exact")
+    config = json.loads((exact.path / "config.json").read_text())
+    name = next(name for name in config["msmoe"]["blocks"] if "attention" not in name)
+    config["msmoe"]["blocks"][name] |= entry
+    (exact.path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=said):
         load_exact(exact.path)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from gated import FORMS, assert_same_weights, random_expert, random_inputs, random_order
 
-from msmoe.families import ExpertKeys, MoELayer
+from msmoe.families import MoELayer
 from msmoe.layer.expert import Expert
 
 FORM = pytest.mark.parametrize("form", FORMS)
@@ -65,7 +65,7 @@ def test_slopes_are_those_of_finite_differences(form):
     ],
 )
 def test_a_layer_names_and_measures_the_two_matrices_of_an_expert(roles, names, front):
-    layer = MoELayer("a", 4, 16, 24, ExpertKeys("BF16", "F32"), roles)
+    layer = MoELayer("a", 4, 16, 24, {"wi": "BF16", "output": "F32"}, roles)
     assert layer.matrices == names
     assert [layer.shape(name) for name in names] == [front, (16, 24)]
     assert [layer.itemsize(name) for name in names] == [2, 4]

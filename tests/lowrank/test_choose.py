@@ -10,13 +10,13 @@ from tiny import LAYERS, load_tensors
 
 from msmoe.compression.factorize import factorize
 from msmoe.errors import UserError
-from msmoe.families import ExpertKeys, MoELayer
+from msmoe.families import MoELayer
 from msmoe.lowrank.choose import check_budget, check_rank, energy_rank, expert_bytes, fixed_shapes
 from msmoe.lowrank.decompose import decompose
 from msmoe.lowrank.options import FactorOptions
 from msmoe.lowrank.shapes import FactorShape
 
-LAYER = MoELayer("encoder.block.1.layer.1.mlp", 6, 16, 24, ExpertKeys("F32", "F32"))
+LAYER = MoELayer("encoder.block.1.layer.1.mlp", 6, 16, 24, {"wi": "F32", "output": "F32"})
 
 
 class Source:
@@ -54,7 +54,7 @@ def test_a_stack_of_zeros_holds_all_its_energy_at_rank_one():
 
 
 def test_expert_bytes_are_those_of_both_matrices_of_every_stored_expert():
-    half = replace(LAYER, dtypes=ExpertKeys("BF16", "BF16"))
+    half = replace(LAYER, dtypes={"wi": "BF16", "output": "BF16"})
     assert expert_bytes([(LAYER, 3), (half, 2)]) == 3 * 2 * 384 * 4 + 2 * 2 * 384 * 2
 
 

@@ -26,7 +26,7 @@ from msmoe.checkpoint import Checkpoint
 from msmoe.compression.apply import apply
 from msmoe.errors import UserError
 from msmoe.families.loading import load
-from msmoe.planning.methods import METHODS
+from msmoe.planning.methods import METHODS, resolve
 from msmoe.planning.parameters import Parameters
 from msmoe.planning.plan import Plan, check_layer
 from msmoe.planning.planner import Planner, interleaved, member_weights, plan
@@ -275,6 +275,11 @@ def test_a_published_method_has_no_refit():
     assert Parameters().refit == "none"
 
 
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_can_be_refitted(method):
+    assert resolve(method, {"refit": "independent"}) == replace(resolve(method, {}), refit="independent")
+
+
 @pytest.mark.parametrize("base", sorted(set(BASES) - {"gradient", "weight-gradient"}))
 def test_every_similarity_makes_a_plan_of_the_right_size(base, switch, stats):
     result = plan(switch, stats, similarity=base, experts=3, keep_layers=["none"])
@@ -353,8 +358,7 @@ def test_a_plan_may_give_each_layer_another_number_of_experts(switch, tmp_path):
         ({"method": "reap", "rule": "fisher"}, "--rule has no effect with --others remove"),
         ({"method": "reap", "align": "weight"}, "--align has no effect with --others remove"),
         ({"method": "mone", "grouping": "kmeans"}, "--grouping has no effect with --others mean-output"),
-        ({"method": "reap", "refit": "independent"}, "--refit needs the original routing"),
-        ({"method": "ream", "refit": "independent"}, "--refit needs the original routing"),
+        ({"method": "mone", "refit": "sequential"}, "--refit sequential does not work with --others mean-output"),
         ({"method": "m-smoe", "selection": "subset"}, "--selection subset has no effect with --others merge"),
         ({"method": "git-re-basin", "align": "activation"}, "--align-to mean needs --align weight"),
         ({"method": "reap", "saliency": "raep"}, "unknown saliency 'raep' - did you mean 'reap'"),

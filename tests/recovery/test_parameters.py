@@ -8,12 +8,12 @@ from tiny import save_switch
 from trials import QUIET
 
 from msmoe.errors import UserError
-from msmoe.families import FAMILIES
 from msmoe.families.loading import load
+from msmoe.families.switch import SwitchFamily
 from msmoe.recovery.options import RecoverOptions
 from msmoe.recovery.student import adamw, schedule, trainable_parameters
 
-SWITCH = FAMILIES["switch_transformers"]
+SWITCH = SwitchFamily()
 MARKS = {"experts": ".experts.", "router": ".router.", "all": ""}  # what the name of a parameter that moves holds
 OPTIONS = RecoverOptions(steps=1, learning_rate=0.1, weight_decay=0.5)
 

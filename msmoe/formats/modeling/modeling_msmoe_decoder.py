@@ -156,6 +156,20 @@ class ScaledInputs(Sorted):
         return torch.zeros_like(x).index_put((row, token), outputs.to(x.dtype)).flatten(0, 1)
 
 
+class Regroup:
+    """Hook of a JetMoe router, which sorts the tokens by row for linear layers that hold the experts: by group now."""
+
+    def __init__(self, block):
+        self.block = block
+
+    def __call__(self, router, inputs, outputs):
+        pair, token, weights, sizes, logits = outputs
+        expert_map, num_groups = self.block.expert_map, self.block.num_groups
+        group, order = torch.sort(expert_map.repeat_interleave(torch.tensor(sizes, device=expert_map.device)))
+        sizes = torch.bincount(group, minlength=num_groups).tolist()
+        return pair[order], token[order], weights[order], sizes, logits
+
+
 def kind_of(experts, spec):
     """How the experts of a block are called.
 
@@ -221,6 +235,20 @@ def shrink_experts(experts, spec):
     return num_experts
 
 
+def shrink_linears(block, linears, spec):
+    """Give the linear layers that hold a block's experts the tensors that are stored."""
+    if spec.get("factors") or spec.get("constants"):
+        raise ValueError(f"factorised matrices and constant outputs are not supported for {type(block).__name__}")
+    num_experts = block.router.num_experts
+    for linear in linears:
+        replace(linear, "weight", (spec["groups"], *linear.weight.shape[1:]))
+        linear.num_experts = spec["groups"]
+    block.register_buffer("expert_map", torch.arange(spec.get("rows", num_experts)) % spec["groups"])
+    block.num_groups = spec["groups"]
+    block.router.register_forward_hook(Regroup(block))
+    return num_experts
+
+
 def shrink_router(block, experts, router, num_lost):
     """Give a block's router the tensors that are stored, and the modules around it their number of rows."""
     shapes = {path: list(tensor.shape) for path, tensor in block.state_dict().items()}
@@ -228,7 +256,7 @@ def shrink_router(block, experts, router, num_lost):
         owner, _, name = path.rpartition(".")
         shapes[path][axis] = size
         replace(block.get_submodule(owner), name, shapes[path])
-    inside = set(experts.modules())
+    inside = {module for each in experts for module in each.modules()}
     for module in (m for m in block.modules() if m not in inside):
         lower_counts(vars(module), COUNT_ATTRIBUTE, num_lost)
         if isinstance(getattr(module, "config", None), transformers.PreTrainedConfig):
@@ -246,8 +274,12 @@ def shrink(model, blocks):
     """Give every MoE block of a freshly built model the tensors that its checkpoint stores."""
     for name, spec in blocks.items():
         block = model.get_submodule(name)
-        experts = block.get_submodule(spec["experts"])
-        num_experts = shrink_experts(experts, spec)
+        if spec["experts"]:
+            experts = [block.get_submodule(spec["experts"])]
+            num_experts = shrink_experts(experts[0], spec)
+        else:
+            experts = [block.input_linear, block.output_linear]
+            num_experts = shrink_linears(block, experts, spec)
         if "rows" in spec:
             shrink_router(block, experts, spec["router"], num_experts - spec["rows"])
 
