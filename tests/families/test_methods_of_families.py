@@ -21,6 +21,7 @@ from msmoe.calibration.profile import profile
 from msmoe.calibration.stats import Stats
 from msmoe.checkpoint import Checkpoint
 from msmoe.compression.apply import apply
+from msmoe.compression.factorize import factorize
 from msmoe.compression.layer_errors import layer_errors, refit_errors
 from msmoe.errors import UserError
 from msmoe.families import family_of
@@ -331,14 +332,37 @@ def test_layer_errors_are_those_of_the_running_models(export, folder, tmp_path):
 def test_a_forecast_of_a_decoder_ends_at_no_error(folder):
     case = case_of("qwen3_moe", folder)
     for layer in forecast(case.path, case.stats, method="m-smoe-refit", sizes=[2, 4, 8], workers=1).layers.values():
-        assert layer.errors[0] > layer.errors[1] > layer.errors[2] == 0
+        assert layer.output_error[0] > layer.output_error[1] > layer.output_error[2] == 0
         assert layer.kl[0] > layer.kl[2] == 0
+
+
+def test_a_forecast_of_pruning_starts_at_the_experts_that_a_token_needs(folder):
+    case = case_of("qwen3_moe", folder)
+    found = forecast(case.path, case.stats, method="frequency", workers=1)
+    assert {layer.sizes for layer in found.layers.values()} == {(2, 3, 4, 5, 6, 7, 8)}
 
 
 def test_a_forecast_of_a_router_that_cannot_be_asked_is_refused(folder):
     case = case_of("llama4_text", folder)
     with pytest.raises(UserError, match="its router cannot be asked"):
         forecast(case.path, case.stats, method="m-smoe", sizes=[4])
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
+def test_factors_multiplied_out_are_the_model_of_the_factors(family, folder, tmp_path):
+    """With biases, transposed and interleaved, or a tensor for each expert."""
+    case = case_of(family, folder)
+    logits = {}
+    for export in EXPORTS:
+        factorize(case.path, tmp_path / export, stats=case.stats, rank=8, export=export, workers=1)
+        logits[export] = trial(load(tmp_path / export))
+    assert (logits["exact"] - logits["native"]).norm() <= 1e-5 * logits["native"].norm()
+    assert (logits["native"] - case.logits).norm() > 1e-3 * case.logits.norm()
+    biases = [name for name in load_tensors(case.path) if "experts" in name and name.endswith("bias")]
+    assert bool(biases) == (family == "gpt_oss")
+    for export in EXPORTS:
+        before, after = load_tensors(case.path), load_tensors(tmp_path / export)
+        assert all(torch.equal(before[name], after[name]) for name in biases)
 
 
 # what calibration records
