@@ -27,12 +27,13 @@ from msmoe.errors import UserError
 from msmoe.families import family_of
 from msmoe.families.generic import GENERIC
 from msmoe.families.loading import load
+from msmoe.families.names import number_of
 from msmoe.families.protocol import load_expert
 from msmoe.forecasting.run import forecast
 from msmoe.formats.verify import has_reference, reference_model, trial
 from msmoe.planning.methods import METHODS
 from msmoe.planning.plan import check_layer
-from msmoe.planning.planner import Planner
+from msmoe.planning.planner import Planner, check_request
 
 NUM_EXPERTS, KEPT = 8, 4
 EVEN = {"budget": "uniform", "keep_layers": ["none"]}
@@ -404,3 +405,25 @@ def test_what_a_family_cannot_show_is_refused_before_it_is_recorded(folder):
 def test_a_sequential_refit_of_a_decoder_is_refused(folder):
     with pytest.raises(UserError, match="--refit sequential is for encoder-decoder models: choose independent"):
         planned(case_of("qwen3_moe", folder), "m-smoe", "exact", refit="sequential")
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "why"),
+    [
+        ("muse_spark_text", "m-smoe-refit", "--refit independent cannot solve for .*: a norm follows each expert"),
+        ("jetmoe", "m-smoe", "method m-smoe merges experts, but .*: experts of an attention can be pruned only"),
+        ("jetmoe", "reap", "method reap needs the outputs of the experts .*not called with choices"),
+    ],
+)
+def test_what_no_layer_can_give_is_refused_before_calibration(family, method, why, tmp_path):
+    build(family).save_pretrained(tmp_path / "original")
+    source = Checkpoint(tmp_path / "original")
+    asked = {"export": None, "router": "fit", "keep_layers": None, "experts": KEPT}
+    check_request(GENERIC, source, method="frequency", **asked)
+    with pytest.raises(UserError, match=why):
+        check_request(GENERIC, source, method=method, **asked)
+
+
+def test_the_number_of_a_single_stored_expert_is_found_by_the_rule_that_reads_it():
+    name = "model.layers.3.block_sparse_moe.experts.0.w1.weight"
+    assert number_of([name], "block_sparse_moe.experts.*.w1.weight") == 5  # w1 is no number of an expert
