@@ -66,7 +66,7 @@ class Block:
         """Why its router cannot be asked about tokens alone; "" where it can."""
         if self.numbers:
             return "it looks experts up by token number"
-        return self.special.why_no_router
+        return self.special.why_no_router or ("" if self.router else "no one matrix makes its scores")
 
 
 def blocks_of(config: dict, place: str = "config.json") -> tuple[Block, ...]:

@@ -145,7 +145,7 @@ class GenericFamily:
 
         found = self.discover(checkpoint)
         block = found.block(layer)
-        if block.why_no_router or not block.router:
+        if block.why_no_router:
             return None
         weights = found.router_weights(checkpoint, block)
         return ModuleRouter(block, weights, lambda count: found.skeleton(count))

@@ -48,7 +48,10 @@ def grouped_linear(x, weight, offsets, *, transposed=False):
 
 
 class Factors(nn.Module):
-    """G matrices (O, I) as low rank plus kept rows: U (G, O, R), V (G, R, I), S (G, K, I) with row indices (G, K)."""
+    """G matrices (O, I) as low rank plus kept rows: U (G, O, R), V (G, R, I), S (G, K, I) with row indices (G, K).
+
+    The rows of gates lie above those of up-projections, also where the family's own matrices interleave them.
+    """
 
     def __init__(self, num_groups, num_outputs, num_inputs, rank, num_rows):
         super().__init__()
@@ -136,6 +139,8 @@ class Sorted(Mapped):
         weight = getattr(self, name)
         if isinstance(weight, Factors):
             outputs = weight(x, group, offsets)
+            if name == "gate_up_proj" and not getattr(self, "is_concatenated", True):
+                outputs = outputs.unflatten(-1, (2, -1)).mT.flatten(-2)
         else:
             outputs = grouped_linear(x, weight, offsets, transposed=self.is_transposed)
         bias = getattr(self, f"{name}_bias", None)
