@@ -161,6 +161,13 @@ def refuse(config: dict, place: str) -> None:
         raise UserError(f"{place}: {kind} is not supported: {REFUSED[kind]}")
 
 
+def why_not_exact(model_type: str) -> str:
+    """Why a family has no `exact` export; "" where it has one."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return "" if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "it has no causal language model of its own"
+
+
 def needs(inner: str, block: Block) -> bool:
     """Whether a tensor, named within its block, decides the routing: no experts, and nothing shared beside them."""
     experts = block.experts.removeprefix(block.name).removeprefix(".")

@@ -17,7 +17,7 @@ from msmoe.checkpoint.reader import Checkpoint
 from msmoe.errors import UserError
 from msmoe.families.axes import SlicedTensor, with_count, without_predicted_layers
 from msmoe.families.blocks import Block, blocks_of, fields_of
-from msmoe.families.discovery import Discovery
+from msmoe.families.discovery import Discovery, why_not_exact
 from msmoe.families.protocol import ExactShape, FactorKeys, MoELayer, read_expert
 from msmoe.layer.stored import StoredPart
 
@@ -158,6 +158,8 @@ class GenericFamily:
 
     def check_export(self, checkpoint: Checkpoint, kind: str, kept: Mapping[str, Sequence[int]]) -> None:
         blocks = self.discover(checkpoint).blocks
+        if kind == "exact" and (reason := why_not_exact(checkpoint.config["model_type"])):
+            raise UserError(f"{checkpoint.config['model_type']} has no exact export: {reason}; choose --export native")
         for block in blocks:
             if kind == "exact" and len(kept[block.name]) < block.num_experts:
                 check_rows(block, kept[block.name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import re
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from msmoe.errors import UserError
 from msmoe.families.axes import COUNT_FIELD
 from msmoe.families.blocks import TOP_K_FIELD, Block, blocks_of
+from msmoe.families.discovery import why_not_exact
 from msmoe.families.skeletons import config_class, skeleton
 from msmoe.families.special import REFUSED
 
@@ -20,7 +22,10 @@ if TYPE_CHECKING:
 
 SWITCH = "switch_transformers"  # has an adapter of its own
 MOE_SWITCHES = ("enable_moe_block", "is_moe")  # fields that are off by default
-PLACEHOLDER_COUNT, PLACEHOLDER_TOP_K, PLACEHOLDER_WIDTH = 8, 2, 64  # where a class has no default
+PLACEHOLDER_COUNT, PLACEHOLDER_TOP_K = 8, 2  # where a class has no default
+PLACEHOLDERS = {
+    "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "n_shared_experts": 1, "head_dim": 64
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class FamilyRow:
     Attributes:
         stored: `per expert` or `fused`, as transformers writes it.
         router: class of the router, and what it has beside a weight.
-        works: of inspect, native, exact, merge, refit and router, what does.
+        works: of inspect, native, exact, factors and constants (mean outputs) in it, merge, refit and router, what does.
         limits: why the others do not.
     """
 
@@ -49,15 +54,16 @@ def model_types() -> tuple[str, ...]:
     """Types whose own configuration counts experts, in alphabetical order; those that wrap one are left out."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    found = []
-    for name in CONFIG_MAPPING:
-        if not CONFIG_MAPPING[name].__module__.startswith("transformers."):
-            continue
-        fields = set(inspect.signature(CONFIG_MAPPING[name].__init__).parameters)
-        aliases = getattr(CONFIG_MAPPING[name], "attribute_map", None) or {}
-        if "ffn_config" in fields or any(COUNT_FIELD.fullmatch(f) for f in fields | set(aliases)):
-            found.append(name)
-    return tuple(sorted(found))
+    return tuple(sorted(name for name in set(CONFIG_MAPPING) if counts_experts(config_class({"model_type": name}, name))))
+
+
+def counts_experts(kind: type) -> bool:
+    """Whether a configuration class of transformers has a number of experts of its own."""
+    if not kind.__module__.startswith("transformers."):
+        return False
+    fields = {f.name for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+    fields |= set(inspect.signature(kind.__init__).parameters) | set(getattr(kind, "attribute_map", None) or {})
+    return "ffn_config" in fields or any(COUNT_FIELD.fullmatch(name) for name in fields)
 
 
 def rows(wanted: Sequence[str] = (), progress: Callable[[int, int], None] | None = None) -> list[FamilyRow]:
@@ -84,7 +90,7 @@ def rows(wanted: Sequence[str] = (), progress: Callable[[int, int], None] | None
 def row_of(model_type: str) -> FamilyRow | None:
     """The row of a type; None where its model has no experts."""
     if model_type == SWITCH:
-        works = ("inspect", "native", "exact", "merge", "refit", "router")
+        works = ("inspect", "native", "exact", "factors", "constants", "merge", "refit", "router")
         return FamilyRow(model_type, "SwitchTransformersForConditionalGeneration", "per expert",
                          "SwitchTransformersTop1Router, top 1, capacity", works, "")  # fmt: skip
     if model_type in REFUSED:
@@ -95,7 +101,7 @@ def row_of(model_type: str) -> FamilyRow | None:
     except UserError as error:
         if "no Mixture-of-Experts model" in str(error):
             return None
-        return FamilyRow(model_type, "", "", "", (), f"not known, its default configuration builds no model: {error}")
+        return FamilyRow(model_type, "", "", "", (), str(error).removeprefix(f"{model_type}: "))
     return described(model_type, skeleton(config, model_type), blocks)
 
 
@@ -107,7 +113,7 @@ def default_config(model_type: str) -> dict:
         **dict.fromkeys(MOE_SWITCHES, True),
         **{name: PLACEHOLDER_COUNT for name in content if COUNT_FIELD.fullmatch(name)},
         **{name: PLACEHOLDER_TOP_K for name in content if TOP_K_FIELD.fullmatch(name)},
-        "moe_intermediate_size": PLACEHOLDER_WIDTH,
+        **PLACEHOLDERS,
     }
     missing = {name: value for name, value in fields.items() if name in content and content[name] in (None, False)}
     if isinstance(content.get("attn_config"), dict):  # DBRX of transformers 5.24 builds no model without
@@ -120,10 +126,9 @@ def described(model_type: str, model: nn.Module, blocks: Sequence[Block]) -> Fam
     first = blocks[0]
     works, limits = ["inspect", "native"], []
     attention = [block for block in blocks if not block.special.activates(model.get_submodule(block.experts))]
-    if first.special.hears_router or not decorated(model, first):
-        limits.append("exact: its experts are not called with choices that a map could change")
-    else:
-        works.append("exact")
+    for what, reason in exact_limits(model_type, model, blocks).items():
+        works += [] if reason else [what]
+        limits += [f"{what}: {reason}"] if reason else []
     works.append("merge")
     if attention:
         limits.append("merge: experts of its attention can be pruned only")
@@ -141,9 +146,24 @@ def described(model_type: str, model: nn.Module, blocks: Sequence[Block]) -> Fam
     )
 
 
-def decorated(model: nn.Module, block: Block) -> bool:
-    """Whether transformers' implementations of experts serve the block."""
-    return hasattr(model.get_submodule(block.experts), "is_concatenated")
+def exact_limits(model_type: str, model: nn.Module, blocks: Sequence[Block]) -> dict[str, str]:
+    """What an `exact` export can hold -> "", or why it cannot: the export at all, factors, and constants."""
+    from msmoe.formats.modeling.modeling_msmoe_decoder import kind_of
+
+    if reason := why_not_exact(model_type):
+        return {"exact": reason}
+    found = {"exact": ""}
+    for what in ("factors", "constants"):
+        found[what] = ""
+        for block in blocks:
+            experts = model.get_submodule(block.experts)
+            try:
+                if block.experts == block.name:
+                    raise ValueError(f"not supported for {type(experts).__name__}")
+                kind_of(experts, {what: {"down_proj": [1, 0]} if what == "factors" else 1})
+            except ValueError as error:
+                found[what] = str(error)
+    return found
 
 
 def stored_how(model: nn.Module, block: Block) -> str:
