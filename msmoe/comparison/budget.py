@@ -16,9 +16,7 @@ from msmoe.planning.planner import Planner
 REFERENCE = "m-smoe"
 
 
-def budget_bytes(
-    planner: Planner, experts: float, *, keep_layers: list[str] | None, export: str | None = None
-) -> int:
+def budget_bytes(planner: Planner, experts: float, *, keep_layers: list[str] | None, export: str | None = None) -> int:
     """Stored bytes that no method may exceed at a size."""
     return planner.predicted_bytes(REFERENCE, keep_layers=keep_layers, export=export or "exact", experts=experts)
 
@@ -94,4 +92,6 @@ def sizes_that_hold(planner: Planner, needed: int, keep_layers: list[str] | None
     """The whole numbers of experts whose budget holds so many bytes, in words."""
     numbers = whole_numbers(planner, export)
     fitting = [n for n in numbers if budget_bytes(planner, n, keep_layers=keep_layers, export=export) >= needed]
-    return f"--experts {fitting[0]} to {numbers[-1]}" if fitting else "another method: no size of this checkpoint holds it"
+    return (
+        f"--experts {fitting[0]} to {numbers[-1]}" if fitting else "another method: no size of this checkpoint holds it"
+    )
