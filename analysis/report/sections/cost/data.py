@@ -209,8 +209,11 @@ def rank_columns(cost: Cost, name: str, found: LayerError | None) -> dict[str, f
     """Mean stable ranks of a layer's experts before and after, measured, or before factorising from provenance."""
     columns = {}
     matrices = [m for m in cost.folder.provenance.get("factors", {}).get("matrices", ()) if m.get("layer") == name]
-    for matrix, part in (("wi", "front"), ("wo", "output")):
-        mine = [m for m in matrices if m.get("matrix") == matrix]
+    for matrix, part, names in (
+        ("wi", "front", ("wi", "gate_up_proj", "up_proj")),
+        ("wo", "output", ("wo", "down_proj")),
+    ):
+        mine = [m for m in matrices if m.get("matrix") in names]
         before, after = (mean(m.get(key) for m in mine) for key in ("stable_rank_before", "stable_rank"))
         if cost.folder.provenance.get("factors"):
             after = NAN  # the report is of the matrices before they were factorised
