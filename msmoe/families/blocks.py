@@ -69,6 +69,12 @@ class Block:
             return "it looks experts up by token number"
         return self.special.why_no_router or ("" if self.router else "no one matrix makes its scores")
 
+    @property
+    def why_unseen(self) -> str:
+        """Why the outputs of its experts cannot be recorded; "" where they can."""
+        seen = not self.special.hears_router or (self.special.repeats and self.top_k == 1)
+        return "" if seen else "its experts are not called with choices"
+
 
 def blocks_of(config: dict, place: str = "config.json") -> tuple[Block, ...]:
     """MoE blocks of the model that a configuration describes, in the order of its modules.

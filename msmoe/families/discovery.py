@@ -96,7 +96,7 @@ class Discovery:
             num_groups=block.num_groups,
             merges=alone,
             refits=alone or ("a norm follows each expert" if block.normed else ""),
-            unseen="its experts are not called with choices" if block.special.hears_router else "",
+            unseen=block.why_unseen,
             unasked=block.why_no_router,
         )
 

@@ -183,7 +183,7 @@ def kind_of(experts, spec):
     """
     name, factors, constants = type(experts).__name__, spec.get("factors"), spec.get("constants")
     inputs_scaled, zero_experts = name == "Llama4TextExperts", getattr(experts, "zero_expert_num", 0)
-    if constants and (inputs_scaled or zero_experts):
+    if constants and (inputs_scaled or zero_experts or hasattr(experts, "input_linear")):
         raise ValueError(f"constant outputs are not supported for {name}")
     if inputs_scaled:
         return ScaledInputs
