@@ -12,7 +12,7 @@ from msmoe.cli.options import json_option
 def command(model_types: tuple[str, ...], as_json: bool) -> None:
     """List the Mixture-of-Experts families of the installed transformers and what works with each.
 
-    MODEL_TYPES: only these; the whole table builds every model without memory and takes about half a minute.
+    MODEL_TYPES: only these; the whole table builds a model of each type without memory and takes about ten seconds.
 
     \b
     Example: msmoe families qwen3_moe gpt_oss

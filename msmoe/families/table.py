@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -10,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from msmoe.errors import UserError
+from msmoe.errors import UserError, explain_library_errors
 from msmoe.families.axes import COUNT_FIELD
 from msmoe.families.blocks import TOP_K_FIELD, Block, blocks_of
 from msmoe.families.discovery import why_not_exact
+from msmoe.families.loading import quiet_library
 from msmoe.families.skeletons import config_class, skeleton
 from msmoe.families.special import REFUSED
 
@@ -25,6 +27,14 @@ MOE_SWITCHES = ("enable_moe_block", "is_moe")  # fields that are off by default
 PLACEHOLDER_COUNT, PLACEHOLDER_TOP_K = 8, 2  # where a class has no default
 PLACEHOLDERS = {
     "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "n_shared_experts": 1, "head_dim": 64
+}  # fmt: skip
+NUM_LAYERS = 8  # of the model whose structure a row is read off, where so few show all kinds of layers
+NEEDED: dict[str, dict[str, Any]] = {  # by types whose defaults build no model (transformers 5.24)
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", *["sparse"] * (NUM_LAYERS - 1)]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (NUM_LAYERS // 2)},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 64},
+    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 64,
+                       "indexer_compress_ratio": 4},
 }  # fmt: skip
 
 
@@ -79,7 +89,8 @@ def rows(wanted: Sequence[str] = (), progress: Callable[[int, int], None] | None
         config_class({"model_type": name}, "msmoe families")
     found = []
     for count, name in enumerate(known, 1):
-        row = row_of(name)
+        with quiet_library():
+            row = row_of(name)
         if row is not None:
             found.append(row)
         elif wanted:
@@ -97,6 +108,9 @@ def row_of(model_type: str) -> FamilyRow | None:
                          "SwitchTransformersTop1Router, top 1, capacity", works, "")  # fmt: skip
     if model_type in REFUSED:
         return FamilyRow(model_type, "", "", "", (), REFUSED[model_type])
+    with contextlib.suppress(UserError):  # a class may take no other number of layers
+        config = default_config(model_type, NUM_LAYERS)
+        return described(model_type, skeleton(config, model_type), blocks_of(config, model_type))
     try:
         config = default_config(model_type)
         blocks = blocks_of(config, model_type)
@@ -107,10 +121,12 @@ def row_of(model_type: str) -> FamilyRow | None:
     return described(model_type, skeleton(config, model_type), blocks)
 
 
-def default_config(model_type: str) -> dict:
-    """Content of the default configuration of a type, with its experts on."""
+def default_config(model_type: str, num_layers: int | None = None) -> dict:
+    """Content of the default configuration of a type, with its experts on; with another number of layers if given."""
     kind = config_class({"model_type": model_type}, model_type)
-    content = json.loads(json.dumps(kind().to_dict(), default=str))
+    given = NEEDED.get(model_type, {}) | ({} if num_layers is None else {"num_hidden_layers": num_layers})
+    with explain_library_errors(f"{model_type} has no default configuration"):
+        content = json.loads(json.dumps(kind(**given).to_dict(), default=str))
     fields = {
         **dict.fromkeys(MOE_SWITCHES, True),
         **{name: PLACEHOLDER_COUNT for name in content if COUNT_FIELD.fullmatch(name)},

@@ -1,19 +1,26 @@
 """The generic adapter beside its proofs: shards, counts, configurations, errors, hooks, the table."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from click.testing import CliRunner
-from msmoe.formats.native import Left, native_layout, whole
 from safetensors.torch import load_file, save_file
-from test_generic_proofs import write
-from tiny_decoders import build, outputs, tokens
+from tiny_decoders import DECODERS, NOT_RUN, REFUSED, build, outputs, tokens
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from msmoe.checkpoint.reader import Checkpoint
+from msmoe.compression.apply import apply
 from msmoe.errors import UserError
+from msmoe.families.axes import with_count
+from msmoe.families.blocks import fields_of
 from msmoe.families.generic import GENERIC
+from msmoe.families.table import rows
+from msmoe.formats.build import build_export
 from msmoe.layer.expert import Expert
+from msmoe.planning.parameters import Parameters
+from msmoe.planning.plan import Group, LayerPlan, Plan
 
 
 def saved(model_type, path, **more):
@@ -39,24 +46,25 @@ def test_experts_are_read_across_shards(tmp_path):
     assert torch.equal(expert.output, model.get_submodule(layer.name).experts.down_proj[7])
 
 
+def halves(checkpoint, *, experts=8, **choices):
+    """A plan that merges each expert of the first half of a layer with one of the second."""
+    groups = tuple(Group(e, (e, e + experts // 2), (0.5, 0.5)) for e in range(experts // 2))
+    layers = {layer.name: LayerPlan(experts, groups) for layer in GENERIC.layers(checkpoint)}
+    source = {"model_type": checkpoint.model_type, "fingerprint": checkpoint.fingerprint}
+    return Plan("m-smoe", Parameters(others="merge", align="none", **choices), 0, source, {}, layers)
+
+
 def test_a_merged_expert_goes_where_the_family_reads_it(tmp_path):
     _, checkpoint = saved("gpt_oss", tmp_path / "in")
-    layers = GENERIC.layers(checkpoint)
-    mean = {}
-
-    def merge(layer, position):
-        a, b = (GENERIC.load_expert(checkpoint, layer, e) for e in (position, position + 4))
-        return mean.setdefault(
-            (layer, position), a.like([(x + y) / 2 for x, y in zip(a.tensors, b.tensors, strict=True)])
-        )
-
-    left = {layer.name: [Left(e, None) for e in range(4)] for layer in layers}
-    layout = native_layout(GENERIC, checkpoint, left)
-    after = Checkpoint(write(layout, checkpoint, tmp_path / "out", merge))
-    assert len(mean) == 4 * len(layers)
-    for (layer, position), expert in mean.items():
-        again = GENERIC.load_expert(after, layer, position)
-        assert all(torch.equal(a, b) for a, b in zip(again.tensors, expert.tensors, strict=True))
+    apply(checkpoint.path, halves(checkpoint), tmp_path / "out", router="dominant")
+    after = Checkpoint(tmp_path / "out")
+    for layer in GENERIC.layers(checkpoint):
+        for e in range(4):
+            first, second = (GENERIC.load_expert(checkpoint, layer.name, i).weights for i in (e, e + 4))
+            merged = GENERIC.load_expert(after, layer.name, e).weights
+            assert set(merged) == {"gate", "up", "gate_bias", "up_bias", "output", "output_bias"}
+            for role, weight in merged.items():
+                torch.testing.assert_close(weight, (first[role] + second[role]) / 2)
 
 
 def test_only_the_bytes_of_one_expert_are_read(tmp_path, monkeypatch):
@@ -73,39 +81,53 @@ def test_only_the_bytes_of_one_expert_are_read(tmp_path, monkeypatch):
 
 
 def test_both_names_of_the_count_are_changed_and_a_default_is_written_out(tmp_path):
-    _, checkpoint = saved("qwen3_moe", tmp_path)
-    both = checkpoint.config | {"num_experts": 8, "num_local_experts": 8}
-    reduced = GENERIC.reduced_config(both, 4)
+    saved("qwen3_moe", tmp_path)
+    checkpoint = edit_config(tmp_path, lambda c: c.update(num_experts=8, num_local_experts=8))
+    reduced = GENERIC.native_config(checkpoint, 4)
     assert (reduced["num_experts"], reduced["num_local_experts"]) == (4, 4)
-    silent = {k: v for k, v in checkpoint.config.items() if k not in ("num_experts", "num_local_experts")}
-    assert GENERIC.reduced_config(silent, 4) == silent | {"num_local_experts": 4}
+    silent = edit_config(tmp_path, lambda c: [c.pop(name) for name in ("num_experts", "num_local_experts")])
+    assert with_count({"a": 1}, fields_of(silent.config, "config.json"), 4) == {"a": 1, "num_local_experts": 4}
 
 
 def test_counts_that_a_grouped_router_cannot_hold_are_refused_with_those_that_it_can(tmp_path):
     _, checkpoint = saved("deepseek_v3", tmp_path)
-    assert GENERIC.counts(checkpoint.config) == (4, 6, 8)
-    assert GENERIC.counts(checkpoint.config, round_to=4) == (4, 8)
+    assert GENERIC.counts(checkpoint) == (4, 6, 8)
+    assert GENERIC.counts(checkpoint, round_to=4) == (4, 8)
     with pytest.raises(UserError, match=r"cannot hold 5 experts .* choose one of 4, 6, 8 \(each token goes to 2, the"):
-        GENERIC.check_count(checkpoint.config, 5)
-    layer = GENERIC.layers(checkpoint)[0].name
-    with pytest.raises(UserError, match=r"keeps \[3, 1\] experts of its 2 groups: .* the same number of each, 2"):
-        GENERIC.check_count(checkpoint.config, 4, kept={layer: [0, 1, 2, 7]})
+        GENERIC.check_count(checkpoint, 5)
+    kept = {layer.name: [0, 1, 2, 7] for layer in GENERIC.layers(checkpoint)}
+    with pytest.raises(UserError, match=r"keeps \[3, 1\] experts of its 2 groups: .* the same number in each, at least 2"):
+        GENERIC.check_export(checkpoint, "native", kept)
     with pytest.raises(UserError, match="cannot hold 1 experts in each layer: choose one of 2, 3"):
-        GENERIC.check_count(saved("mixtral", tmp_path / "mixtral")[1].config, 1)
+        GENERIC.check_count(saved("mixtral", tmp_path / "mixtral")[1], 1)
 
 
 def test_layers_with_different_counts_are_refused(tmp_path):
     _, checkpoint = saved("mixtral", tmp_path)
-    first, *_ = GENERIC.layers(checkpoint)
-    with pytest.raises(UserError, match=r"keeps 8 experts, others 4: all must keep the same"):
-        native_layout(GENERIC, checkpoint, {first.name: whole(4)})
+    plan = halves(checkpoint)
+    layers = dict(list(plan.layers.items())[:1])
+    with pytest.raises(UserError, match=r"same number of experts in every MoE layer.*layers.0.mlp 4, .* 8"):
+        build_export("native", GENERIC, checkpoint, replace(plan, layers=layers))
 
 
 def test_experts_of_an_attention_cannot_be_merged(tmp_path):
-    _, checkpoint = saved("jetmoe", tmp_path)
-    left = {layer.name: [Left(e, None) for e in range(4)] for layer in GENERIC.layers(checkpoint)}
-    with pytest.raises(UserError, match="experts of an attention can be pruned only"):
-        native_layout(GENERIC, checkpoint, left)
+    _, checkpoint = saved("jetmoe", tmp_path / "in")
+    with pytest.raises(UserError, match="experts of an attention can be pruned only; choose a method that removes"):
+        apply(checkpoint.path, halves(checkpoint), tmp_path / "out", router="dominant")
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_with_a_norm_behind_them_are_merged_but_not_refitted(tmp_path):
+    _, checkpoint = saved("muse_spark_text", tmp_path)
+    assert build_export("native", GENERIC, checkpoint, halves(checkpoint)).merged
+    with pytest.raises(UserError, match="cannot be refitted: a norm follows each expert; choose --no-refit"):
+        build_export("native", GENERIC, checkpoint, halves(checkpoint, refit="independent"))
+
+
+def test_a_family_without_a_causal_language_model_has_no_exact_export(tmp_path):
+    _, checkpoint = saved("muse_spark_text", tmp_path)
+    with pytest.raises(UserError, match="muse_spark_text has no exact export: it has no causal language model of its"):
+        build_export("exact", GENERIC, checkpoint, halves(checkpoint))
 
 
 def test_dense_unknown_and_refused_models_give_one_clear_line(tmp_path):
@@ -165,11 +187,25 @@ def test_activations_say_whether_they_grow_with_up(tmp_path):
 def test_the_table_says_what_works_and_why_not():
     from msmoe.cli import app
 
-    result = CliRunner().invoke(app, ["families", "mixtral", "nllb-moe", "llama4_text", "--json"])
+    result = CliRunner().invoke(app, ["families", "mixtral", "nllb-moe", "llama4_text", "switch_transformers", "--json"])
     assert result.exit_code == 0
     rows = {row["model_type"]: row for row in json.loads(result.stdout)}
-    assert rows["mixtral"]["works"] == ["inspect", "native", "exact", "merge", "refit", "router"]
-    assert rows["mixtral"]["stored"] == "per expert"
+    everything = ["inspect", "native", "exact", "factors", "constants", "merge", "refit", "router"]
+    assert rows["mixtral"]["works"] == rows["switch_transformers"]["works"] == everything
+    assert rows["mixtral"]["stored"] == rows["switch_transformers"]["stored"] == "per expert"
     assert rows["nllb-moe"]["works"] == []
     assert "experts 0 and 1" in rows["nllb-moe"]["limits"]
-    assert "exact" not in rows["llama4_text"]["works"]
+    assert rows["llama4_text"]["works"] == ["inspect", "native", "exact", "factors", "merge", "refit"]
+    assert "constant outputs are not supported for Llama4TextExperts" in rows["llama4_text"]["limits"]
+
+
+def test_the_table_has_a_row_for_every_type_and_each_says_something():
+    found = {row.model_type: row for row in rows()}
+    assert {*DECODERS, *REFUSED, *NOT_RUN, "switch_transformers"} <= found.keys()
+    assert {name for name, row in found.items() if not row.works} == {*REFUSED, *NOT_RUN}
+    for name in DECODERS:
+        assert {"inspect", "native", "merge"} <= set(found[name].works)
+        assert ("exact" in found[name].works) == (name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert [name for name in DECODERS if found[name].limits.startswith("factors:")] == ["dbrx", "jetmoe", "longcat_flash"]
+    groups = {name for name, row in found.items() if " groups" in row.router}
+    assert {"deepseek_v3", "axk1", "bailing_hybrid"} <= groups
