@@ -92,6 +92,6 @@ def sizes_that_hold(planner: Planner, needed: int, keep_layers: list[str] | None
     """The whole numbers of experts whose budget holds so many bytes, in words."""
     numbers = whole_numbers(planner, export)
     fitting = [n for n in numbers if budget_bytes(planner, n, keep_layers=keep_layers, export=export) >= needed]
-    return (
-        f"--experts {fitting[0]} to {numbers[-1]}" if fitting else "another method: no size of this checkpoint holds it"
-    )
+    if not fitting:
+        return "another method: no size of this checkpoint holds it"
+    return f"--experts {fitting[0]} to {numbers[-1]}"

@@ -90,7 +90,7 @@ def cell_file(job: Job, steps: int) -> Path:
         FORMAT, version("msmoe"), Checkpoint(job.checkpoint).fingerprint, job.method, job.experts, job.seed, plan,
         [[t.file.stem, t.metric, t.sha256] for t in job.tasks], settings.max_examples, recovery, job.layer_loss,
         tokenizer_digest(job.checkpoint),
-        *([settings.unusual] if settings.unusual else []), *([job.export] if settings.export else []),
+        *([settings.unusual] if settings.unusual else []), *([job.export] if settings.export and job.plan else []),
     ]  # fmt: skip
     digest = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return job.out / "cells" / f"{job.name}-{steps}-{digest[:16]}.json"

@@ -373,7 +373,10 @@ def collect(
         "tasks": {
             t.file.stem: {"metric": t.metric, "sha256": t.sha256, **about.get(t.file.stem, {})} for t in tasks
         },
-        "budgets": {f"{n:g}": budget_bytes(first, n, keep_layers=settings.kept, export=settings.export) for n in settings.experts},
+        "budgets": {
+            f"{n:g}": budget_bytes(first, n, keep_layers=settings.kept, export=settings.export)
+            for n in settings.experts
+        },
         "cells": cells,
         "cost": costs,
     }  # fmt: skip

@@ -270,8 +270,8 @@ class Summary:
         if not others:
             return f"Checkpoints are {self.export} exports."
         return (
-            f"Checkpoints are {self.export} exports, but for {', '.join(others)}, which {self.export} cannot hold: these "
-            "are exact, within the same bytes."
+            f"Checkpoints are {self.export} exports, but for {', '.join(others)}, which {self.export} cannot hold: "
+            "these are exact, within the same bytes."
         )
 
     @property

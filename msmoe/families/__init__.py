@@ -15,7 +15,7 @@ def find_family(checkpoint: Checkpoint) -> Family | None:
 
 
 def drops_tokens(model_type: str | None) -> bool:
-    """Whether tokens over the capacity of their expert are dropped: in Switch Transformers, and where nothing is said."""
+    """Whether tokens over an expert's capacity are dropped: in Switch Transformers, and where nothing is said."""
     return model_type in (None, SwitchFamily.model_type, SwitchFamily.compressed_model_type)
 
 

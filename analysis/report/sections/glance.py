@@ -38,11 +38,8 @@ def section(artefacts: Artefacts, say: Callable[[str], None]) -> Section | None:
 def model_blocks(artefacts: Artefacts) -> list[Block]:
     sizes = size_frame(artefacts)
     facts = [*model_facts(artefacts), *usage_facts(artefacts), *size_facts(sizes)]
-    figures = (
-        [size_figure(sizes, kept=any(stack_of(name) == "encoder" for name in artefacts.layers))]
-        if len(sizes) > 1
-        else []
-    )
+    kept = any(stack_of(name) == "encoder" for name in artefacts.layers)
+    figures = [size_figure(sizes, kept=kept)] if len(sizes) > 1 else []
     return [Facts(tuple(facts)), *figures, *notes(artefacts)]
 
 

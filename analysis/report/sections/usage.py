@@ -40,9 +40,8 @@ def section(artefacts: Artefacts, say: Callable[[str], None]) -> Section | None:
     ]
     top_k = max(layer.top_k for layer in stats.layers.values())
     if top_k > 1:
-        blocks.append(
-            Note(f"Each token goes to {top_k} experts and counts once for each: shares are of these choices.")
-        )
+        text = f"Each token goes to {top_k} experts and counts once for each: shares are of these choices."
+        blocks.append(Note(text))
     unseen = layers.loc[layers.num_tokens == 0, "layer"]
     if len(unseen):
         blocks.append(Note(f"No token of the calibration data reached {', '.join(unseen)}."))
