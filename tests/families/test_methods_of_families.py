@@ -141,7 +141,8 @@ def test_a_method_writes_what_it_planned(family, method, export, folder, tmp_pat
     for name, layer in plan.layers.items():
         check_layer(name, layer)  # raises unless groups and removed experts are a partition
         assert len(layer.groups) == count
-    report = written(case, plan, export, tmp_path / "out")
+    router = "dominant" if turn(family, method, 3) else "fit"
+    report = written(case, plan, export, tmp_path / "out", router=router)
     assert plan.predicted == {"bytes": report.num_bytes, "num_parameters": report.num_parameters}
     assert plan.predicted["bytes"] == size_of(tmp_path / "out")
     logits = trial(load(tmp_path / "out"))
