@@ -529,9 +529,9 @@ def select_experts(
     sample = sample.select(interleaved(sample.expert[:, 0], view.num_experts))
     weights = sample.weights(view.stats.dispatched).numpy()
     if sample.top_k == 1:
-        routed: Routes = logit_routes(view.router.logits(sample.routed_on).double().numpy())
+        routed: Routes = logit_routes(view.asked.logits(sample.routed_on).double().numpy())
     else:
-        routed = router_routes(view.router, sample.routed_on)
+        routed = router_routes(view.asked, sample.routed_on)
     return list(progressive_subset(routed, view.num_experts, weights, count)), ""
 
 
@@ -541,7 +541,7 @@ def subset_errors(view: LayerView) -> SubsetErrors | RoutedSubsetErrors:
     if not len(out.products):
         arrays = (out.logits, out.inner, out.square, out.target, out.weights)
         return SubsetErrors(*(a.numpy() for a in arrays))
-    return RoutedSubsetErrors(view.router, out.routed_on, out.inner, out.products, out.target, out.weights.numpy())
+    return RoutedSubsetErrors(view.asked, out.routed_on, out.inner, out.products, out.target, out.weights.numpy())
 
 
 def interleaved(expert: Tensor, num_experts: int) -> Tensor:

@@ -50,10 +50,21 @@ class LayerView:
         return self.stats.num_experts
 
     @property
+    def asked(self) -> Router:
+        """The router, for what cannot do without.
+
+        Raises:
+            UserError: where it cannot be asked about tokens alone.
+        """
+        if self.router is None:
+            raise UserError("the router of the layer cannot be asked about tokens alone")
+        return self.router
+
+    @property
     def outputs(self) -> LayerOutputs:
         """What all experts make of the same tokens."""
         if "outputs" not in self.cache:
-            self.cache["outputs"] = layer_outputs(self.stats, self.router, self.expert)
+            self.cache["outputs"] = layer_outputs(self.stats, self.asked, self.expert)
         return self.cache["outputs"]
 
     def experts(self) -> Iterator[Expert]:
@@ -118,7 +129,7 @@ def router_logits(view: LayerView, metric: Metric) -> Tensor:
 
 
 def router_weight(view: LayerView, metric: Metric) -> Tensor:
-    return vector_similarity(view.router.rows, metric=metric)
+    return vector_similarity(view.asked.rows, metric=metric)
 
 
 def weight(view: LayerView, metric: Metric) -> Tensor:
@@ -151,7 +162,7 @@ def weight_feature(view: LayerView, metric: Metric) -> Tensor:
 
 
 def router_weight_feature(view: LayerView, metric: Metric) -> Tensor:
-    return vector_similarity(view.router.rows.double() * view.stats.input_square_sum.sum(0).sqrt(), metric=metric)
+    return vector_similarity(view.asked.rows.double() * view.stats.input_square_sum.sum(0).sqrt(), metric=metric)
 
 
 def gradient(view: LayerView, metric: Metric) -> Tensor:
