@@ -64,7 +64,9 @@ def model_types() -> tuple[str, ...]:
     """Types whose own configuration counts experts, in alphabetical order; those that wrap one are left out."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return tuple(sorted(name for name in set(CONFIG_MAPPING) if counts_experts(config_class({"model_type": name}, name))))
+    return tuple(
+        sorted(name for name in set(CONFIG_MAPPING) if counts_experts(config_class({"model_type": name}, name)))
+    )
 
 
 def counts_experts(kind: type) -> bool:

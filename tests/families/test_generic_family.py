@@ -96,7 +96,9 @@ def test_counts_that_a_grouped_router_cannot_hold_are_refused_with_those_that_it
     with pytest.raises(UserError, match=r"cannot hold 5 experts .* choose one of 4, 6, 8 \(each token goes to 2, the"):
         GENERIC.check_count(checkpoint, 5)
     kept = {layer.name: [0, 1, 2, 7] for layer in GENERIC.layers(checkpoint)}
-    with pytest.raises(UserError, match=r"keeps \[3, 1\] experts of its 2 groups: .* the same number in each, at least 2"):
+    with pytest.raises(
+        UserError, match=r"keeps \[3, 1\] experts of its 2 groups: .* the same number in each, at least 2"
+    ):
         GENERIC.check_export(checkpoint, "native", kept)
     with pytest.raises(UserError, match="cannot hold 1 experts in each layer: choose one of 2, 3"):
         GENERIC.check_count(saved("mixtral", tmp_path / "mixtral")[1], 1)
@@ -187,7 +189,9 @@ def test_activations_say_whether_they_grow_with_up(tmp_path):
 def test_the_table_says_what_works_and_why_not():
     from msmoe.cli import app
 
-    result = CliRunner().invoke(app, ["families", "mixtral", "nllb-moe", "llama4_text", "switch_transformers", "--json"])
+    result = CliRunner().invoke(
+        app, ["families", "mixtral", "nllb-moe", "llama4_text", "switch_transformers", "--json"]
+    )
     assert result.exit_code == 0
     rows = {row["model_type"]: row for row in json.loads(result.stdout)}
     everything = ["inspect", "native", "exact", "factors", "constants", "merge", "refit", "router"]
@@ -206,6 +210,10 @@ def test_the_table_has_a_row_for_every_type_and_each_says_something():
     for name in DECODERS:
         assert {"inspect", "native", "merge"} <= set(found[name].works)
         assert ("exact" in found[name].works) == (name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    assert [name for name in DECODERS if found[name].limits.startswith("factors:")] == ["dbrx", "jetmoe", "longcat_flash"]
+    assert [name for name in DECODERS if found[name].limits.startswith("factors:")] == [
+        "dbrx",
+        "jetmoe",
+        "longcat_flash",
+    ]
     groups = {name for name, row in found.items() if " groups" in row.router}
     assert {"deepseek_v3", "axk1", "bailing_hybrid"} <= groups
