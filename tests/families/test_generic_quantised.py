@@ -19,6 +19,8 @@ from msmoe.errors import UserError
 from msmoe.families.generic import GENERIC
 from msmoe.families.quantised import fp8_values, mxfp4_values, read_values, scales_of, to_fp8, to_mxfp4
 from msmoe.formats.build import build_export
+from msmoe.planning.parameters import Parameters
+from msmoe.planning.plan import Group, LayerPlan, Plan
 from msmoe.planning.planner import check_request
 
 
@@ -225,6 +227,21 @@ def test_float8_of_another_quantisation_can_be_pruned_but_not_read(other_quantis
     check_request(GENERIC, other_quantisation, method="frequency", **check)
     with pytest.raises(UserError, match=r"layers.1.mlp: .* not read or merged; choose a method that removes experts"):
         check_request(GENERIC, other_quantisation, method="m-smoe", **check)
+
+
+def test_experts_of_another_quantisation_are_pruned_byte_for_byte(other_quantisation, tmp_path):
+    groups = tuple(Group(e, (e,), (1.0,)) for e in (1, 3, 4, 7))
+    layers = {n.name: LayerPlan(8, groups, (0, 2, 5, 6)) for n in GENERIC.layers(other_quantisation)}
+    source = {"model_type": "deepseek_v3", "fingerprint": other_quantisation.fingerprint}
+    apply(
+        other_quantisation.path, Plan("frequency", Parameters(others="remove"), 0, source, {}, layers), tmp_path / "out"
+    )
+    before, after = (load_file(p / "model.safetensors") for p in (other_quantisation.path, tmp_path / "out"))
+    for layer in layers:
+        for position, e in enumerate((1, 3, 4, 7)):
+            for suffix in ("weight", "weight_scale"):
+                stored = f"{layer}.experts.{{}}.up_proj.{suffix}"
+                assert same_bytes(after[stored.format(position)], before[stored.format(e)])
 
 
 def test_scales_that_are_exponents_beside_float8_are_not_taken_for_factors(deepseek, tmp_path):

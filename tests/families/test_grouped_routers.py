@@ -59,7 +59,16 @@ def test_members_of_a_merged_expert_are_of_one_group(deepseek):
 
 def test_an_impossible_number_is_refused_before_calibration_with_those_that_are_possible(deepseek, tmp_path):
     path, _ = deepseek
-    arguments = ["compress", str(path), "--data", "no-such-file.jsonl", "--out", str(tmp_path / "out"), "--experts", "5"]
+    arguments = [
+        "compress",
+        str(path),
+        "--data",
+        "no-such-file.jsonl",
+        "--out",
+        str(tmp_path / "out"),
+        "--experts",
+        "5",
+    ]
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, UserError)
     result.exception.args[0].index("deepseek_v3 cannot hold 5 experts in each layer: choose one of 4, 6, 8")
@@ -71,7 +80,9 @@ def test_an_exact_export_that_loses_router_rows_is_held_to_the_same_numbers(deep
     path, stats = deepseek
     with pytest.raises(UserError, match="cannot hold 5 experts in each layer: " + POSSIBLE):
         plan(path, stats, experts=5, method="frequency", export="exact", budget="uniform")
-    with pytest.raises(UserError, match="routers of 2 groups keep the same number of experts in each, which --budget ad"):
+    with pytest.raises(
+        UserError, match="routers of 2 groups keep the same number of experts in each, which --budget ad"
+    ):
         plan(path, stats, experts=4, method="frequency", export="exact", budget="adaptive")
     assert [len(n.groups) for n in plan(path, stats, experts=5, method="m-smoe", export="exact").layers.values()]
 
