@@ -64,6 +64,7 @@ def print_report(report, *, as_json: bool) -> None:
                 "bytes": report.num_bytes,
                 "groups": report.groups,
                 "drop_rates": report.drop_rates,
+                "dropped": report.dropped,
                 "factors": report.factors and report.factors.matrices,
                 "routing_costs": {n: {"planned": a, "exported": b} for n, (a, b) in report.routing_costs.items()},
                 "routers": {
@@ -103,5 +104,7 @@ def print_report(report, *, as_json: bool) -> None:
         out.print(ROUTING_MEANING)
     if report.factors:
         out.print(rank_table(report.factors.matrices))
+    for reason, count in report.dropped.items():
+        out.print(f"left out {count} tensors: {reason}")
     size = f"{report.num_bytes:,} bytes ({human_bytes(report.num_bytes)})"
     out.print(f"wrote {report.out}: {report.num_parameters:,} parameters, {size}")

@@ -62,6 +62,7 @@ class ApplyReport:
         routing_costs: layer -> relative squared output error on held-out tokens (as the plan routes, as the reduced
             router does), of a `native` export with statistics.
         factors: what factorising the merged experts gave, for plans that say so.
+        dropped: why tensors of the input were left out -> how many.
     """
 
     out: Path
@@ -72,6 +73,7 @@ class ApplyReport:
     num_bytes: int
     routing_costs: dict[str, tuple[float, float]] = field(default_factory=dict)
     factors: FactorizeReport | None = None
+    dropped: dict[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         row = "{:<30} {:>13} {:>8} {:>11}".format
@@ -83,7 +85,8 @@ class ApplyReport:
 
     @property
     def _title(self) -> str:
-        return f"{self.out}: {self.num_parameters:,} parameters, {self.num_bytes:,} bytes"
+        left_out = "".join(f"; without {count} tensors: {reason}" for reason, count in self.dropped.items())
+        return f"{self.out}: {self.num_parameters:,} parameters, {self.num_bytes:,} bytes{left_out}"
 
     def _rows(self) -> list[tuple[str, ...]]:
         """Of each layer: name, merged groups, share of dropped tokens before and after."""
@@ -237,7 +240,10 @@ def merge(
         drop_rates = capacity_drop_rates(layout, plan, stats, source)
         write_metadata(writer, layout, sources, notes, router, routers, drop_rates)
     costs = routing_costs(source, Checkpoint(writer.out), plan, stats) if layout.kind == "native" and stats else {}
-    return ApplyReport(writer.out, notes, routers, drop_rates, layout.num_parameters, layout.num_bytes, costs)
+    return ApplyReport(
+        writer.out, notes, routers, drop_rates, layout.num_parameters, layout.num_bytes, costs,
+        dropped=layout.num_dropped,
+    )  # fmt: skip
 
 
 def without_factors(plan: Plan) -> Plan:
@@ -257,7 +263,7 @@ def merged_report(merged: Path) -> ApplyReport:
     content = json.loads((merged / "msmoe.json").read_text(encoding="utf-8"))
     rates = {name: (rate["before"], rate["after"]) for name, rate in content["drop_rates"].items()}
     written = content["num_parameters"]["written"], content["bytes"]["written"]
-    return ApplyReport(merged, content["groups"], {}, rates, *written)
+    return ApplyReport(merged, content["groups"], {}, rates, *written, dropped=content.get("dropped", {}))
 
 
 def load_needed_stats(

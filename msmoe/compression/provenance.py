@@ -72,6 +72,7 @@ def write_metadata(
         "router": router,
         "routers": {name: {"agreement": fit.agreement, "gate_error": fit.gate_error} for name, fit in routers.items()},
         "drop_rates": {name: {"before": rate[0], "after": rate[1]} for name, rate in drop_rates.items()},
+        **({"dropped": layout.num_dropped} if layout.dropped else {}),
     }
     write_files(writer, layout, sources.family, source, plan, provenance)
 
@@ -99,6 +100,7 @@ def write_factor_metadata(
         "export": layout.kind,
         "versions": versions(),
         "factors": {"options": options, "matrices": matrices, "stats": stats.reference if stats else {}},
+        **({"dropped": layout.num_dropped} if layout.dropped else {}),
     }
     write_files(writer, layout, family, source, plan, provenance)
 

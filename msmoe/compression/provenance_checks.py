@@ -28,6 +28,8 @@ def check_provenance(provenance: dict, name: str) -> None:
             check_group(group)
         for _, rates in items(about.get("drop_rates")):
             check_numbers(rates, PAIR)
+        for _, count in items(about.get("dropped")):
+            count.integer()
         check_factors(about.get("factors"))
         check_recovery(about.get("recovery"))
         check_statistics(about.get("stats"))

@@ -17,7 +17,7 @@ from msmoe.checkpoint.reader import Checkpoint
 from msmoe.errors import UserError
 from msmoe.families.axes import SlicedTensor, with_count, without_predicted_layers
 from msmoe.families.blocks import Block, blocks_of, fields_of
-from msmoe.families.discovery import Discovery, why_not_exact
+from msmoe.families.discovery import Discovery, original_config, why_not_exact
 from msmoe.families.protocol import ExactShape, FactorKeys, MoELayer, read_expert
 from msmoe.layer.stored import StoredPart
 
@@ -294,7 +294,7 @@ FACTOR_PARTS = ("U", "V", "S", "rows")
 
 def blocks_in(model: Any) -> tuple[Block, ...]:
     """MoE blocks of a model in memory, found by its configuration."""
-    config = json.loads(json.dumps(model.config.to_dict(), default=str))
+    config = original_config(json.loads(json.dumps(model.config.to_dict(), default=str)))
     return blocks_of(config | {"architectures": [type(model).__name__]})
 
 

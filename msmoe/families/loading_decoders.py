@@ -9,6 +9,8 @@ from msmoe.checkpoint.reader import Checkpoint
 from msmoe.errors import UserError, explain_library_errors, warn
 from msmoe.families.generic import GENERIC
 from msmoe.families.names import DiskNames
+from msmoe.families.quantised import why_unread
+from msmoe.strict_json import shown
 
 if TYPE_CHECKING:
     import torch
@@ -101,12 +103,27 @@ def dequantising(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     import transformers
 
+    if reason := why_not_run(checkpoint):
+        raise UserError(f"{checkpoint.path}: {reason}")
+    if (method := quantisation(checkpoint)) is None:
+        return {}
+    return {"quantization_config": getattr(transformers, QUANTISATIONS[method])(dequantize=True)}
+
+
+def quantisation(checkpoint: Checkpoint) -> str | None:
+    """How the weights of a checkpoint are quantised, by its configuration; None for plain ones."""
     given = checkpoint.config.get("quantization_config")
     if given is None:
-        return {}
-    method = given.get("quant_method") if isinstance(given, dict) else None
+        return None
+    return str(given.get("quant_method")) if isinstance(given, dict) else shown(given)
+
+
+def why_not_run(checkpoint: Checkpoint) -> str:
+    """Why a decoder cannot be run with the values that its quantised weights stand for; "" where it can."""
+    method = quantisation(checkpoint)
+    if method is None:
+        return ""
     if method not in QUANTISATIONS:
-        raise UserError(
-            f"{checkpoint.path}: weights quantised by {method!r} cannot be run here; {', '.join(QUANTISATIONS)} can"
-        )
-    return {"quantization_config": getattr(transformers, QUANTISATIONS[method])(dequantize=True)}
+        return f"weights quantised by {method!r} cannot be run here; {', '.join(QUANTISATIONS)} can"
+    parts = (part for layer in GENERIC.layers(checkpoint) for part in GENERIC.parts(checkpoint, layer.name, 0))
+    return next(filter(None, (why_unread(checkpoint, part) for part in parts)), "")

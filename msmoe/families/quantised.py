@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from msmoe.checkpoint.reader import FLOATS, to_dtype
 from msmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,13 +62,18 @@ def why_unread(checkpoint: Checkpoint, part: StoredPart) -> str:
     names = [name for name, _ in part.companions]
     if part.encoding == "plain" and not names:
         return ""
-    if part.encoding in ("fp8", "mxfp4") and len(names) == 1 and names[0].endswith(SCALE_NAMES):
+    if len(names) == 1 and names[0].endswith(SCALE_NAMES) and scales_are_read(part, checkpoint.spec(names[0]).dtype):
         return ""
     beside = f" with {', '.join(names)} beside it" if names else ""
     return (
         f"{part.key} is {checkpoint.spec(part.key).dtype}{beside}: of this quantisation experts can be pruned, but not "
         "read or merged"
     )
+
+
+def scales_are_read(part: StoredPart, dtype: str) -> bool:
+    """Whether scales of a dtype are understood: floats beside float8, bytes of exponents beside MXFP4."""
+    return (part.encoding == "fp8" and dtype in FLOATS) or (part.encoding == "mxfp4" and dtype == "U8")
 
 
 def why_unwritten(checkpoint: Checkpoint, part: StoredPart) -> str:
@@ -85,8 +91,6 @@ def encoded(part: StoredPart, values: Tensor, specs: Mapping[str, TensorSpec]) -
     Args:
         specs: of the tensors that are written.
     """
-    from msmoe.checkpoint.reader import to_dtype
-
     place, *companions = part.places
     if part.encoding == "plain":
         yield place, values

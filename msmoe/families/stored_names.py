@@ -31,5 +31,5 @@ def stored_tensors(model: Any, checkpoint: Checkpoint, tensors: Mapping[str, Ten
         for name, origin in origins.items()
         if any(source.key in touched for source in origin.sources)
     }
-    as_they_are = {name: tensor for name, tensor in tensors.items() if name not in origins and name in checkpoint}
-    return revert_weight_conversion(model, together) | as_they_are  # maps, constants and factors keep their names
+    as_they_are = {name: together.pop(name) for name in tensors if name in together and name in checkpoint}
+    return revert_weight_conversion(model, together) | as_they_are

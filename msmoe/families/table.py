@@ -45,7 +45,8 @@ class FamilyRow:
     Attributes:
         stored: `per expert` or `fused`, as transformers writes it.
         router: class of the router, and what it has beside a weight.
-        works: of inspect, native, exact, factors and constants (mean outputs) in it, merge, refit and router, what does.
+        works: of inspect, native, exact, factors and constants (mean outputs) in `exact`, merge, refit and router,
+            what does.
         limits: why the others do not.
     """
 

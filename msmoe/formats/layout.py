@@ -5,6 +5,7 @@ Shapes: E experts, G groups, D d_model, F d_ff.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -80,6 +81,11 @@ class Layout:
     @property
     def num_bytes(self) -> int:
         return sum(spec.num_bytes for spec in self.tensors)
+
+    @property
+    def num_dropped(self) -> dict[str, int]:
+        """Why input tensors are left out -> how many."""
+        return dict(Counter(self.dropped.values()))
 
     def add_rest(
         self, checkpoint: Checkpoint, handled: set[str], *, rename: Callable[[str], str] = lambda name: name

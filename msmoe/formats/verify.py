@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from msmoe.checkpoint import Checkpoint
 from msmoe.errors import UserError
 from msmoe.families import family_of, find_family
-from msmoe.families.loading import check_complete, load
+from msmoe.families.loading import check_complete, is_decoder, load
+from msmoe.families.loading_decoders import why_not_run
 from msmoe.families.protocol import load_stored_expert
 
 TRIED_BYTES = 256 * 2**20  # of a model in float32, up to which it is run as well
@@ -20,7 +21,8 @@ TOLERANCE = 1e-3  # of logits, relative to their largest
 def check_written(folder: Path, *, original: Path | None = None) -> None:
     """Check that a written checkpoint is whole: configuration, names and shapes; small models are run as well.
 
-    A model of up to 256 MB in float32 is loaded and run on a few tokens. Where it is an `exact` export and `original`
+    A model of up to 256 MB in float32 is loaded and run on a few tokens, unless it is quantised in a way that cannot
+    be undone. Where it is an `exact` export and `original`
     is given, its logits must be those of the stock model with the stored experts in every member's place.
 
     Raises:
@@ -28,7 +30,7 @@ def check_written(folder: Path, *, original: Path | None = None) -> None:
     """
     checkpoint = Checkpoint(folder)
     check_complete(checkpoint)
-    if 4 * checkpoint.num_parameters > TRIED_BYTES:
+    if 4 * checkpoint.num_parameters > TRIED_BYTES or (is_decoder(checkpoint) and why_not_run(checkpoint)):
         return
     logits = trial(load(checkpoint))
     if not logits.isfinite().all():

@@ -5,7 +5,7 @@ Shapes: E experts.
 
 import math
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -115,8 +115,8 @@ class Planner:
             ).predicted["bytes"]
         else:
             predicted = lambda tried: self.predicted_bytes(method, export=export, **asked, **tried)
-        layers = self.compressible(keep_layers)
-        settled, target = settle(method, choices, layers, self.source.num_bytes, predicted)
+        layers, held = self.compressible(keep_layers), held_counts(self.family, self.source, export, round_to)
+        settled, target = settle(method, choices, layers, self.source.num_bytes, predicted, counts=held)
         decided = self.decide(method, export=export, **asked, **settled)
         if target is not None:
             decided = replace(decided, parameters=replace(decided.parameters, target_size=target))
@@ -134,7 +134,7 @@ class Planner:
     ) -> Plan:
         """The plan without the size that it will have."""
         request = self._request(method, keep_layers, seed, round_to, choices, export)
-        check_held(self.family, self.source, export, request.counts.values())
+        check_held(self.family, self.source, export, request.counts.values(), request.parameters)
         num_groups = {layer.name: layer.num_groups for layer in self.layers}
         planned, notes = {}, {}
         for name, count in request.counts.items():
@@ -253,7 +253,8 @@ def check_request(
         stored = {n.name: (n.num_experts, count) for n, count in zip(compressible, numbers, strict=True)}
         return sketched_bytes(family, checkpoint, method, found, stored, export=export)
 
-    settled, _ = settle(method, choices, compressible, checkpoint.num_bytes, predicted)
+    held = held_counts(family, checkpoint, export, round_to)
+    settled, _ = settle(method, choices, compressible, checkpoint.num_bytes, predicted, counts=held)
     parameters, counts = counted(settled)
     check_layers(family, compressible, parameters, method=method, export=export)
     if parameters.factors is not None:
@@ -273,7 +274,7 @@ def check_request(
         raise UserError(f"--export {export} cannot store mean outputs in place of experts: choose exact")
     if export != "exact" and (kept or parameters.budget != "uniform") and set(counts) != {1}:
         raise UserError(f"--export {export} needs --budget uniform --keep-layer none")
-    check_held(family, checkpoint, export, counts)
+    check_held(family, checkpoint, export, counts, parameters)
 
 
 def predict(family: Family, checkpoint: Checkpoint, plan: Plan, *, export: str) -> Plan:
@@ -298,12 +299,18 @@ def predict(family: Family, checkpoint: Checkpoint, plan: Plan, *, export: str) 
     return replace(plan, predicted={"num_parameters": layout.num_parameters, "bytes": layout.num_bytes})
 
 
-def sketch(num_experts: int, count: int, *, removes: bool) -> LayerPlan:
-    """Some plan of a layer that keeps `count` experts, removing or merging the others: for its size only."""
-    alone, rest = range(1, count), (0, *range(count, num_experts))
+def sketch(num_experts: int, count: int, *, removes: bool, num_groups: int = 1) -> LayerPlan:
+    """Some plan of a layer that keeps `count` experts, removing or merging the others: for its size only.
+
+    Args:
+        num_groups: of the router, in each of which as many experts stay if `count` can be shared.
+    """
+    split = num_groups if count % num_groups == 0 else 1
+    kept = [e for part in parts_of(num_experts, split) for e in part[: count // split]]
+    rest = (0, *(e for e in range(num_experts) if e not in kept))
     one_hot = (1.0, *[0.0] * (len(rest) - 1))
     first = Group(0, (0,), (1.0,)) if removes else Group(0, rest, one_hot)
-    groups = (first, *(Group(e, (e,), (1.0,)) for e in alone))
+    groups = (first, *(Group(e, (e,), (1.0,)) for e in kept[1:]))
     return LayerPlan(num_experts, groups, tuple(rest[1:]) if removes else ())
 
 
@@ -325,7 +332,11 @@ def sketched_bytes(
         UserError: for factors whose sizes follow from the merged weights.
     """
     removes = parameters.others in REROUTING
-    sketches = {name: sketch(before, after, removes=removes) for name, (before, after) in counts.items()}
+    num_groups = {layer.name: layer.num_groups for layer in family.layers(checkpoint)}
+    sketches = {
+        name: sketch(before, after, removes=removes, num_groups=num_groups[name])
+        for name, (before, after) in counts.items()
+    }
     source = {"model_type": checkpoint.model_type, "fingerprint": ""}
     drawn = Plan(method, parameters, 0, source, {}, sketches)
     found = predict(family, checkpoint, drawn, export=export).predicted
@@ -439,21 +450,35 @@ def rounded(parameters: Parameters, round_to: int, layers: list[MoELayer]) -> Pa
     return replace(parameters, experts=min(most, math.ceil(parameters.experts / round_to) * round_to))
 
 
-def check_held(family: Family, checkpoint: Checkpoint, export: str, counts: Iterable[int]) -> None:
-    """Raise `UserError` for numbers of experts that a family's own class cannot hold; warn of ones that split badly."""
-    if export != "native" or not family.is_causal:
+def held_counts(family: Family, checkpoint: Checkpoint, export: str, round_to: int) -> Sequence[int] | None:
+    """Numbers of experts that every layer of a decoder's own class can have, ascending; None where any will do."""
+    return family.counts(checkpoint, round_to=round_to) if export == "native" and family.is_causal else None
+
+
+def check_held(
+    family: Family, checkpoint: Checkpoint, export: str, counts: Iterable[int], parameters: Parameters
+) -> None:
+    """Raise `UserError` for numbers of experts that a decoder's routers cannot choose among; warn of ones that split
+    badly."""
+    if not family.is_causal or (export != "native" and not parameters.loses_rows):
         return
+    num_groups = max(layer.num_groups for layer in family.layers(checkpoint))
+    if num_groups > 1 and parameters.budget != "uniform":
+        raise UserError(
+            f"routers of {num_groups} groups keep the same number of experts in each, which --budget "
+            f"{parameters.budget} does not give: choose uniform"
+        )
     for count in dict.fromkeys(counts):
         family.check_count(checkpoint, count)
         num_experts = family.layers(checkpoint)[0].num_experts
-        if num_experts % RANKS == 0 and count % RANKS:
+        if export == "native" and num_experts % RANKS == 0 and count % RANKS:
             warn(f"{count} experts cannot be shared equally by {RANKS} devices, as expert parallelism needs: "
                  f"--round-to {RANKS} keeps {math.ceil(count / RANKS) * RANKS}")  # fmt: skip
 
 
-def parts_of(scores: Tensor, num_groups: int) -> list[list[int]]:
+def parts_of(num_experts: int, num_groups: int) -> list[list[int]]:
     """Experts of each group of a group-limited router."""
-    size = len(scores) // num_groups
+    size = num_experts // num_groups
     return [list(range(g * size, (g + 1) * size)) for g in range(num_groups)]
 
 
@@ -476,7 +501,7 @@ def plan_layer(
         return LayerPlan(count, tuple(Group(e, (e,), (1.0,)) for e in sorted(range(count), key=by_usage))), ""
     if parameters.others == "merge":
         matrix, groups = finite_similarity(view, name, parameters), []
-        for part in parts_of(scores, num_groups):
+        for part in parts_of(len(scores), num_groups):
             found = group_experts(
                 scores[part],
                 matrix[part][:, part],
@@ -515,7 +540,7 @@ def select_experts(
         UserError: for a search in the groups of a group-limited router.
     """
     if parameters.selection == "top":
-        parts = parts_of(scores, num_groups)
+        parts = parts_of(len(scores), num_groups)
         best = [dominant_experts(scores[part].numpy(), count // num_groups) for part in parts]
         return sorted(part[e] for part, chosen in zip(parts, best, strict=True) for e in chosen), ""
     if num_groups > 1:

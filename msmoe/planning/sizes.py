@@ -15,7 +15,13 @@ Choices = dict[str, Any]  # of a plan, as `msmoe.plan` takes them
 
 
 def settle(
-    method: str, choices: Choices, layers: Sequence[MoELayer], source_bytes: int, predicted: Callable[[Choices], int]
+    method: str,
+    choices: Choices,
+    layers: Sequence[MoELayer],
+    source_bytes: int,
+    predicted: Callable[[Choices], int],
+    *,
+    counts: Sequence[int] | None = None,
 ) -> tuple[Choices, int | None]:
     """The choices with a number of experts, or a rank, in the place of a share and a target size.
 
@@ -23,6 +29,7 @@ def settle(
         layers: the compressible ones.
         source_bytes: of all weights of the input, what a share of the size is of.
         predicted: bytes that the output of some choices has; they ascend with the number of experts and the rank.
+        counts: numbers of experts that every layer can keep, ascending; None for any.
 
     Returns:
         choices without `target_size`, and the target in bytes, if there is one.
@@ -37,7 +44,7 @@ def settle(
     if target is None:
         return given, None
     limit = bytes_of(target, source_bytes)
-    name, options = range_of(method, given, layers)
+    name, options = range_of(method, given, layers, counts)
     smallest = predicted(given | {name: options[0]})
     if smallest > limit:
         fewer = ": keep fewer --experts" if name == "rank" else ""
@@ -80,7 +87,9 @@ def bytes_of(target: str | int, source_bytes: int) -> int:
     return target
 
 
-def range_of(method: str, given: Choices, layers: Sequence[MoELayer]) -> tuple[str, Sequence]:
+def range_of(
+    method: str, given: Choices, layers: Sequence[MoELayer], counts: Sequence[int] | None
+) -> tuple[str, Sequence]:
     """What a target size chooses, `experts` or `rank`, and the values it may have, ascending.
 
     Raises:
@@ -101,5 +110,5 @@ def range_of(method: str, given: Choices, layers: Sequence[MoELayer]) -> tuple[s
         raise UserError("give one of --target-size and --experts, not both")
     count, most = len(layers), min(layer.num_experts for layer in layers)
     if parameters.budget == "uniform":
-        return "experts", range(1, most + 1)
+        return "experts", counts or range(1, most + 1)
     return "experts", [total / count for total in range(count, count * most + 1)]

@@ -19,7 +19,9 @@ def rows(switch):
 
 @pytest.fixture(scope="module")
 def fits(rows, stats):
-    return {kind: reduce_router(kind, SoftmaxTop1(rows), PLAN, stats.layers[LAYER]) for kind in ("dominant", "mean", "fit")}
+    return {
+        kind: reduce_router(kind, SoftmaxTop1(rows), PLAN, stats.layers[LAYER]) for kind in ("dominant", "mean", "fit")
+    }
 
 
 def test_dominant_rows_are_those_of_the_dominant_experts_in_stored_order(rows, fits):

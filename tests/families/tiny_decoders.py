@@ -67,7 +67,8 @@ SIZES |= dict.fromkeys(("chunk_size", "mamba_chunk_size", "index_head_dim", "ind
 SIZES |= {
     "vocab_size": 96, "vocab_size_per_layer_input": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "decoder_start_token_id": 0, "mamba_expand": 2,
-    "mamba_dt_rank": 4, "linear_num_heads": 4, "linear_head_dim": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "index_n_heads": 2, "use_cache": False,
+    "mamba_dt_rank": 4, "linear_num_heads": 4, "linear_head_dim": 8, "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2, "index_n_heads": 2, "use_cache": False,
     "num_nextn_predict_layers": 0, "initializer_range": 0.2, "num_kv_shared_layers": 0,
 }  # fmt: skip
 
