@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from decoder_runs import EXPERTS, TOP_K, choices, questions, save_decoder, texts, write_lines
+from msmoe.analysis.compare import write_all
 from tiny_decoder import byte_tokenizer
 
-from msmoe.analysis.compare import write_all
 from msmoe.calibration.causal import CausalReader
 from msmoe.checkpoint import Checkpoint
 from msmoe.comparison.cells import mean_loss

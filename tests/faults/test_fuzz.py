@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from kinds import KINDS
 
-FUZZ = Path(__file__).resolve().parents[2] / "scripts" / "fuzz.py"
+FUZZ = Path(__file__).resolve().parents[2] / "scripts" / "experiments" / "fuzz.py"
 CASES = 150
 
 
