@@ -60,7 +60,7 @@ def test_evaluate_names_checkpoints_of_decoders_with_their_bytes_and_source(chec
     for kind, path in checkpoints.items():
         [found] = json.loads(run("evaluate", path, "--data", data, "--reference", checkpoints["original"], "--json"))
         assert found["checkpoint"] == kind
-        assert found["num_bytes"] == json.loads(run("inspect", path, "--json"))["num_bytes"]
+        assert found["bytes"] == json.loads(run("inspect", path, "--json"))["num_bytes"]
         assert found["majority_share"] is None  # choices are no labels
         assert {"accuracy", "accuracy_norm", "loss", "perplexity", "kl"} <= found["metrics"].keys()
         assert (found["metrics"]["kl"]["value"] < 1e-6) == (kind == "original")
@@ -70,7 +70,9 @@ def test_evaluate_names_checkpoints_of_decoders_with_their_bytes_and_source(chec
 
 def test_a_report_of_decoders_speaks_of_what_they_have(checkpoints, folder, tmp_path):
     source = checkpoints["original"]
-    data = write_lines(tmp_path / "text.jsonl", [record | {"domain": "ab"[i % 2]} for i, record in enumerate(texts(24))])
+    data = write_lines(
+        tmp_path / "text.jsonl", [record | {"domain": "ab"[i % 2]} for i, record in enumerate(texts(24))]
+    )
     run("profile", source, "--data", data, "--token-sample", 64, "--out", tmp_path / "stats")
     assert Stats.load(tmp_path / "stats").layers["model.layers.0.mlp"].top_k == 2
     task = write_lines(tmp_path / "questions.jsonl", questions(8))

@@ -85,7 +85,9 @@ def test_only_what_is_trained_changes_on_disk(train, part, case, students, data,
 
 def test_rows_of_a_decoder_are_not_pruned_while_it_trains(students, data, tmp_path):
     for options in ({"rank": 4, "keep_rows": 0.2}, {"keep_rows": 0.1}):
-        with pytest.raises(UserError, match=r"prune encoder-decoders only, and .*exact is a decoder: .*msmoe factorize"):
+        with pytest.raises(
+            UserError, match=r"prune encoder-decoders only, and .*exact is a decoder: .*msmoe factorize"
+        ):
             recover(students["exact", "qwen3_moe"], tmp_path / "out", data=data, teacher=None, **OPTIONS, **options)
     assert not list(tmp_path.iterdir())
 
