@@ -91,5 +91,7 @@ def layer_stats(router: SoftmaxTopK, *, count: int = 400) -> LayerStats:
     zeros = torch.zeros(num_experts, d, dtype=torch.float64)
     logits = router.logits(x).double()
     return LayerStats(
-        used, used, zeros[:, 0], zeros[:, 0], logits.T @ logits, zeros, zeros, zeros, used[None].int(), sample, count
-    )
+        routed=used, dispatched=used, gate_mass=zeros[:, 0], soft_mass=zeros[:, 0], router_logits_gram=logits.T @ logits,
+        input_sum=zeros, input_abs_sum=zeros, input_square_sum=zeros, sequence_counts=used[None].int(), sample=sample,
+        sample_size=count, top_k=router.top_k,
+    )  # fmt: skip

@@ -42,12 +42,14 @@ class Calibration:
         raw: the records chosen; tokens: the same as token ids.
         described: what statistics say of them beside their numbers; only what is out of the ordinary, but for the seed
             and the greatest lengths.
+        is_causal: whether they are read by a decoder-only model, in one sequence.
     """
 
     source: str
     raw: list[Record]
     tokens: TokenRecords
     described: dict
+    is_causal: bool = False
 
     @property
     def domains(self) -> list[str]:
@@ -217,23 +219,27 @@ def calibrate(
         described["num_cut"] = tokens.num_cut
     if columns:
         described["columns"] = dict(columns)
-    return Calibration(records.source, [chosen[i] for i in tokens.kept], tokens, described)
+    raw = [chosen[i] for i in tokens.kept]
+    return Calibration(records.source, raw, tokens, described, is_causal=special.is_causal)
 
 
 def describe(calibration: Calibration) -> dict:
     """What statistics say of the data."""
-    domains, described = calibration.domains, calibration.described
-    parts = {
-        name: count([t for t, row in zip(calibration.tokens, calibration.raw, strict=True) if row.domain == name])
-        for name in domains
-    }
-    counted = {"source": calibration.source} | count(calibration.tokens) | {"sha256": calibration.sha256} | described
+    domains, described, is_causal = calibration.domains, calibration.described, calibration.is_causal
+    pairs = list(zip(calibration.tokens, calibration.raw, strict=True))
+    parts = {name: count([t for t, row in pairs if row.domain == name], is_causal=is_causal) for name in domains}
+    counts = count(calibration.tokens, is_causal=is_causal)
+    if is_causal:
+        counts["num_targets"] = sum(label != IGNORE for t in calibration.tokens for label in t.labels)
+    counted = {"source": calibration.source} | counts | {"sha256": calibration.sha256} | described
     return counted | ({"domains": parts} if domains else {})
 
 
-def count(records: Sequence[TokenRecord]) -> dict[str, int]:
-    """Number of records, and of the tokens on both sides of them."""
-    num_tokens = sum(len(r.input_ids) + sum(label != IGNORE for label in r.labels) for r in records)
+def count(records: Sequence[TokenRecord], *, is_causal: bool) -> dict[str, int]:
+    """Number of records and of their tokens: on both sides, or in the one sequence that a decoder-only model reads."""
+    num_tokens = sum(len(r.input_ids) for r in records)
+    if not is_causal:
+        num_tokens += sum(label != IGNORE for r in records for label in r.labels)
     return {"num_records": len(records), "num_tokens": num_tokens}
 
 

@@ -96,6 +96,7 @@ class Stats:
             "sha256": sha256("".join(sorted([self.data["sha256"], other.data["sha256"]])).encode()).hexdigest(),
             "parts": sorted({*self._parts, *other._parts}),
             **_added_domains(self.data, other.data),
+            **_added_targets(self.data, other.data),
         }
         return Stats({name: layer + other.layers[name] for name, layer in self.layers.items()}, data, self.checkpoint)
 
@@ -283,6 +284,12 @@ def _added_domains(a: dict, b: dict) -> dict[str, dict]:
     sides = [side.get("domains") or {OTHER: {key: side[key] for key in keys}} for side in (a, b)]
     names = sorted({*sides[0], *sides[1]})
     return {"domains": {name: {key: sum(s[name][key] for s in sides if name in s) for key in keys} for name in names}}
+
+
+def _added_targets(a: dict, b: dict) -> dict[str, int]:
+    """The `num_targets` of two descriptions together, where both have it."""
+    known = "num_targets" in a and "num_targets" in b
+    return {"num_targets": a["num_targets"] + b["num_targets"]} if known else {}
 
 
 __all__ = ["LayerStats", "LoadedLayer", "Stats", "with_gradients", "with_output_gradient"]

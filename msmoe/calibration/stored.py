@@ -160,6 +160,7 @@ def check_data(data: dict[str, Any], where: str) -> None:
     """Raise `UserError` for a description of the data that cannot be."""
     for name, read in (("source", text), ("sha256", text), ("num_records", whole), ("num_tokens", whole)):
         read(strict_json.field(data, name, where), f"{where}.{name}")
+    whole(data.get("num_targets", 1), f"{where}.num_targets", least=1)
     items(data.get("parts", []), f"{where}.parts", text)
     for name, entry in members(data.get("domains", {}), f"{where}.domains").items():
         for key in ("num_records", "num_tokens"):

@@ -75,7 +75,7 @@ def merge_sequentially(
         if router is not None:
             sources.family.narrow_router(model, layer, *router, config=layout.config)
         moved = moved_inputs(sources, model, layer, sample, records, pad_id=pad_id)
-        routing = Routing(torch.tensor(plan.expert_map)[moved.expert][:, None], moved.gate[:, None])
+        routing = Routing(torch.tensor(plan.expert_map)[moved.expert], moved.gate)
         tokens = layer_tokens(sources, layout, layer, routing, inputs=moved.inputs)
         current = replace(sources, tokens=lambda _, tokens=tokens: tokens)
         for _, g in keys:

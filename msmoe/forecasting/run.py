@@ -138,7 +138,12 @@ def split_records(stats: Stats, *, gradients_first: bool) -> tuple[Stats, dict[s
 
 
 def target_tokens(planner: Planner, stats: Stats) -> int:
-    """Target tokens of the calibration data: all tokens less those of the encoder, where it has MoE layers."""
+    """Target tokens of the calibration data.
+
+    Of an encoder-decoder all tokens less those of the encoder, where it has MoE layers.
+    """
+    if "num_targets" in stats.data:
+        return stats.data["num_targets"]
     encoder = planner.family.default_kept_layers(planner.layers)
     if encoder:
         return stats.data["num_tokens"] - stats.layers[encoder[0]].num_tokens

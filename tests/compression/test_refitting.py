@@ -15,7 +15,7 @@ from msmoe.compression.layer_errors import layer_errors
 from msmoe.compression.refitting import RefitTokens, planned_routing, refit_layers
 from msmoe.compression.sequential import kept_router, moved_inputs
 from msmoe.families.switch import SwitchFamily
-from msmoe.formats.layout import build_export
+from msmoe.formats.build import build_export
 from msmoe.layer.expert import switch_expert
 from msmoe.merge import refit_output
 from msmoe.planning.plan import Group, LayerPlan, Plan
@@ -147,7 +147,7 @@ def test_refit_is_a_flag_of_every_method(flags, refit, switch, stats, tmp_path, 
     with pytest.raises(SystemExit) as done:
         main()
     assert not done.value.code
-    assert Plan.load(tmp_path / "plan.json").parameters["refit"] == refit
+    assert Plan.load(tmp_path / "plan.json").parameters.refit == refit
 
 
 def test_where_tokens_meet_two_groups_those_of_a_layer_are_refitted_together(switch, stats):

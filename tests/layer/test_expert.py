@@ -65,7 +65,8 @@ def test_slopes_are_those_of_finite_differences(form):
     ],
 )
 def test_a_layer_names_and_measures_the_two_matrices_of_an_expert(roles, names, front):
-    layer = MoELayer("a", 4, 16, 24, {"wi": "BF16", "output": "F32"}, roles)
-    assert layer.matrices == names
+    dtypes = {role: "F32" if role.startswith("output") else "BF16" for role in roles}
+    layer = MoELayer("a", 4, 16, 24, dtypes, roles)
+    assert tuple(layer.matrices) == names
     assert [layer.shape(name) for name in names] == [front, (16, 24)]
     assert [layer.itemsize(name) for name in names] == [2, 4]
