@@ -81,7 +81,9 @@ class GenericFamily:
             return "expert maps"
         if re.search(r"(^|\.)shared_experts?\b", name) or "shared_mlp" in name:
             return "shared experts"
-        if re.search(r"(^|\.)experts\.", name):
+        if re.search(r"\.experts\.router\.", name):
+            return "routers"
+        if re.search(r"(^|\.)experts\.|\.(in|out)put_linear\.", name):
             return "experts"
         if re.search(r"\.(gate|router)(\.|$)|e_score_correction_bias|expert_bias", name):
             return "routers"

@@ -7,6 +7,7 @@ from pathlib import Path
 from msmoe.checkpoint import Checkpoint
 from msmoe.families import inspectable_family_of
 
+OF_EXPERTS = ("experts", "row indices")
 INDICES = ("expert maps", "row indices")  # parts that are no parameters
 
 
@@ -67,15 +68,17 @@ def inspect(checkpoint: str | Path | Checkpoint) -> Summary:
     family = inspectable_family_of(source)
     parts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     experts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    stored = family.stored_layers(source)
     for name in source:
         spec, part = source.spec(name), family.part(name)
-        layer = [experts[name.partition(".experts.")[0]]] if ".experts." in name else []
-        for totals in [parts[part], *layer]:
+        inside = part in OF_EXPERTS
+        owners = [experts[layer.name] for layer, _ in stored if inside and name.startswith(layer.name + ".")]
+        for totals in [parts[part], *owners]:
             totals[0] += 0 if part in INDICES else spec.num_parameters
             totals[1] += spec.num_bytes
     layers = tuple(
         LayerSummary(layer.name, layer.num_experts, num_stored, layer.d_model, layer.d_ff, *experts[layer.name])
-        for layer, num_stored in family.stored_layers(source)
+        for layer, num_stored in stored
     )
     return Summary(
         path=source.name,

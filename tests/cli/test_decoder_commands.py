@@ -60,7 +60,7 @@ def test_evaluate_names_checkpoints_of_decoders_with_their_bytes_and_source(chec
     for kind, path in checkpoints.items():
         [found] = json.loads(run("evaluate", path, "--data", data, "--reference", checkpoints["original"], "--json"))
         assert found["checkpoint"] == kind
-        assert found["num_bytes"] == json.loads(run("inspect", path, "--json"))["num_bytes"]
+        assert found["bytes"] == json.loads(run("inspect", path, "--json"))["num_bytes"]
         assert found["majority_share"] is None  # choices are no labels
         assert {"accuracy", "accuracy_norm", "loss", "perplexity", "kl"} <= found["metrics"].keys()
         assert (found["metrics"]["kl"]["value"] < 1e-6) == (kind == "original")

@@ -12,6 +12,7 @@ from tiny_decoder import byte_tokenizer
 from msmoe.calibration.causal import CausalReader
 from msmoe.checkpoint import Checkpoint
 from msmoe.comparison.cells import mean_loss
+from msmoe.comparison.cost import measure_costs
 from msmoe.comparison.exports import export_of
 from msmoe.comparison.run import compare
 from msmoe.comparison.scoring import summarise
@@ -135,14 +136,15 @@ def test_cells_of_another_export_are_measured_again(compared, decoder, data, tas
     assert {cell.get("export") for cell in exact["cells"]} == {None, "exact"}
 
 
-def test_cost_counts_the_products_of_experts_and_the_tokens_of_a_record_once(decoder, data, tasks, tmp_path):
-    results = run(decoder, data, tasks, tmp_path / "out", methods=("m-smoe",), experts=(3,), cost=True)
-    [cost] = [entry for name, entry in results["cost"].items() if name.startswith("m-smoe")]
+def test_cost_counts_the_products_of_experts_and_the_tokens_of_a_record_once(decoder):
+    reader = CausalReader(byte_tokenizer(), pad_id=0, eos_id=2)
+    records = [reader.read(record, "here") for record in texts(4)]
+    cost = measure_costs({"own": load(decoder)}, records)["own"]
     config = json.loads((decoder / "config.json").read_text())
     experts = 2 * 3 * config["hidden_size"] * config["moe_intermediate_size"] * TOP_K * config["num_hidden_layers"]
     head = 2 * config["hidden_size"] * config["vocab_size"]
-    assert experts + head < cost["flops_per_token"] < 2 * (experts + head)
-    assert cost["flops_per_token"] == pytest.approx(cost["full"]["flops_per_token"], rel=0.05)  # a router is smaller
+    assert experts + head < cost["flops_per_token"] < 2 * (experts + head)  # attention is less than both
+    assert cost["generation"]["tokens_per_second"] > 0
 
 
 @pytest.mark.parametrize(
