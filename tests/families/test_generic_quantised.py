@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tiny_decoder import VOCAB, byte_tokenizer
 from tiny_decoders import build
@@ -15,6 +16,7 @@ from tiny_decoders import build
 from msmoe import apply, load, plan, profile
 from msmoe.checkpoint.reader import Checkpoint
 from msmoe.checkpoint.writer import CheckpointWriter
+from msmoe.cli import app
 from msmoe.errors import UserError
 from msmoe.families.generic import GENERIC
 from msmoe.families.quantised import fp8_values, mxfp4_values, read_values, scales_of, to_fp8, to_mxfp4
@@ -135,6 +137,20 @@ def test_pruned_float8_experts_keep_bytes_and_scales_and_predicted_layers_go(dee
     assert (pruned.config["num_nextn_predict_layers"], pruned.config["n_routed_experts"]) == (0, 4)
     said = json.loads((pruned.path / "msmoe.json").read_text())["dropped"]
     assert said == {"a layer for multi-token prediction": len(predicted)}
+
+
+def test_the_command_says_what_it_leaves_out(deepseek, statistics, tmp_path):
+    _, checkpoint = deepseek
+    stats = statistics(checkpoint)
+    stats.save(tmp_path / "stats")
+    plan(checkpoint.path, stats, experts=4, method="frequency").save(tmp_path / "plan.json")
+    given = [str(checkpoint.path), "--plan", str(tmp_path / "plan.json"), "--stats", str(tmp_path / "stats")]
+    printed = CliRunner().invoke(app, ["apply", *given, "--out", str(tmp_path / "out")])
+    assert printed.exit_code == 0, printed.output
+    predicted = sum(".layers.3." in name for name in checkpoint)
+    assert f"left out {predicted} tensors: a layer for multi-token prediction" in printed.stdout
+    as_json = CliRunner().invoke(app, ["apply", *given, "--out", str(tmp_path / "again"), "--json"])
+    assert json.loads(as_json.stdout)["dropped"] == {"a layer for multi-token prediction": predicted}
 
 
 def test_pruned_mxfp4_experts_keep_their_blocks_and_scales(gpt_oss, statistics, tmp_path):
