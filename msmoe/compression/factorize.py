@@ -22,7 +22,6 @@ from msmoe.compression.provenance import read_provenance, write_factor_metadata
 from msmoe.errors import UserError
 from msmoe.families import Family, MoELayer, inspectable_family_of
 from msmoe.families.loading import check_complete
-from msmoe.families.protocol import load_expert
 from msmoe.files import Output
 from msmoe.formats.layout import Layout
 from msmoe.formats.verify import check_written
@@ -331,7 +330,7 @@ def with_ranks_before(
         name = report["layer"]
         layer = plan.layers[name]
         members = layer.groups[layer.stored_order[report["expert"]]].members
-        experts = (load_expert(origin, original, name, e) for e in members)
+        experts = (origin.load_expert(original, name, e) for e in members)
         ranks = [stable_rank(e.front if report["matrix"] == fronts[name] else e.output) for e in experts]
         return sum(ranks) / len(ranks)
 

@@ -19,7 +19,6 @@ from msmoe.checkpoint import Checkpoint
 from msmoe.compression.provenance import read_provenance
 from msmoe.errors import UserError
 from msmoe.families import Family, family_of, inspectable_family_of
-from msmoe.families.protocol import load_stored_expert
 from msmoe.layer.expert import Expert
 from msmoe.layer.layer import Layer
 from msmoe.layer.routing import Routing
@@ -238,7 +237,7 @@ def read_layer(family: Family, checkpoint: Checkpoint, name: str, num_stored: in
             checkpoint.read(family.expert_map_key(checkpoint, name)) if exact else torch.arange(router.num_experts)
         ),
         num_stored=num_stored,
-        expert=lambda index: load_stored_expert(family, checkpoint, name, index),
+        expert=lambda index: family.load_expert(checkpoint, name, index),
         constants=checkpoint.read_finite(constants) if constants in checkpoint else router.rows[:0],
     )
 

@@ -346,10 +346,3 @@ def read_expert(
             weights |= dict(zip(roles[matrix], dense.chunk(len(roles[matrix])), strict=True))
     output, bias = weights.pop("output"), weights.pop("output" + BIAS, None)
     return Expert(weights, output, bias, activation)
-
-
-def load_expert(family: Family, checkpoint: Checkpoint, layer: str, expert: int) -> Expert:
-    return family.load_expert(checkpoint, layer, expert)
-
-
-load_stored_expert = load_expert

@@ -11,7 +11,6 @@ from msmoe.errors import UserError
 from msmoe.families import family_of, find_family
 from msmoe.families.loading import check_complete, is_decoder, load
 from msmoe.families.loading_decoders import why_not_run
-from msmoe.families.protocol import load_stored_expert
 
 TRIED_BYTES = 256 * 2**20  # of a model in float32, up to which it is run as well
 TRIED_TOKENS = 8
@@ -77,7 +76,7 @@ def reference_model(original: str | Path, compressed: str | Path) -> nn.Module:
         mapping = target.read(family.expert_map_key(target, layer.name)).tolist()
         if len(mapping) < layer.num_experts or family.constants_key(target, layer.name) in target:
             raise UserError(f"no stock model stands for {target.path}: {layer.name} has removed experts")
-        stored = {g: load_stored_expert(family, target, layer.name, g) for g in set(mapping)}
+        stored = {g: family.load_expert(target, layer.name, g) for g in set(mapping)}
         for e, g in enumerate(mapping):
             for part in family.memory_parts(source, layer.name, e):
                 part.place_in(model.get_parameter(part.key)).copy_(part.join(stored[g].weights))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from msmoe.calibration.stats import Stats
 from msmoe.checkpoint import Checkpoint, to_dtype
-from msmoe.families.protocol import Family, MoELayer, load_stored_expert
+from msmoe.families.protocol import Family, MoELayer
 from msmoe.files import explain_os_errors, sync
 from msmoe.layer.expert import Expert
 from msmoe.layer.tokens import TokenSample
@@ -102,7 +102,7 @@ def decompose_layer(
     tokens = sources.tokens(layer.name)
     parts: dict[str, list[Decomposition]] = {matrix: [] for matrix in layer.matrices}
     for chunk in chunks(layer, count):
-        experts = [load_stored_expert(sources.family, sources.checkpoint, layer.name, g) for g in chunk]
+        experts = [sources.family.load_expert(sources.checkpoint, layer.name, g) for g in chunk]
         seen = look(experts, [tokens[g] for g in chunk]) if tokens else None
         pair = zip(layer.matrices, decompose_experts(experts, seen, svd=sources.options.svd or "plain"), strict=True)
         for matrix, decomposition in pair:
@@ -183,7 +183,7 @@ def factorize_layer(
     cached = decompose_layer(sources, layer, count, scratch) if scratch else None
     results = []
     for chunk in chunks(layer, count):
-        experts = [load_stored_expert(sources.family, sources.checkpoint, layer.name, g) for g in chunk]
+        experts = [sources.family.load_expert(sources.checkpoint, layer.name, g) for g in chunk]
         seen = look(experts, [tokens[g] for g in chunk]) if tokens else None
         if cached:
             at = slice(chunk.start, chunk.stop)
