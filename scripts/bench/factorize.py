@@ -56,13 +56,12 @@ def stage_factorize(folder: Path, work: Path, variant: str) -> dict:
 def stage_svd(folder: Path, work: Path) -> dict:
     """Full decompositions of the same matrices, a batch per layer and matrix."""
     from msmoe.families import family_of
-    from msmoe.families.protocol import load_expert
 
     source = Checkpoint(folder)
     family = family_of(source)
     seconds = 0.0
     for layer in family.layers(source)[1:]:
-        experts = [load_expert(family, source, layer.name, e) for e in range(layer.num_experts)]
+        experts = [family.load_expert(source, layer.name, e) for e in range(layer.num_experts)]
         for stack in (torch.stack([e.front for e in experts]), torch.stack([e.output for e in experts])):
             started = time.perf_counter()
             torch.linalg.svd(stack, full_matrices=False)

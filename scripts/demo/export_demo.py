@@ -23,7 +23,6 @@ from msmoe.calibration.tokenization import tokenize
 from msmoe.checkpoint import Checkpoint
 from msmoe.demo import CALIBRATION, CHECKPOINT, HELD_OUT_TEXT, TASKS
 from msmoe.families import family_of
-from msmoe.families.protocol import load_expert
 from msmoe.planning.similarity import LayerView, mean_outputs, similarity
 
 TEST_EXAMPLES = 600
@@ -106,7 +105,7 @@ def expert_facts() -> tuple[str, float]:
     family = family_of(source)
     rows, largest = [], 0.0
     for name, layer in stats.layers.items():
-        experts = lambda e, name=name: load_expert(family, source, name, e)
+        experts = lambda e, name=name: family.load_expert(source, name, e)
         view = LayerView(layer, family.router(source, name), experts)
         off = ~torch.eye(layer.num_experts, dtype=torch.bool)
         weights = 2 * similarity(view, base="weight")[off] - 1

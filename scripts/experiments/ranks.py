@@ -19,7 +19,6 @@ from msmoe.checkpoint import Checkpoint
 from msmoe.compression.group import Sources, merge_one
 from msmoe.demo import CALIBRATION, CHECKPOINT
 from msmoe.families import family_of
-from msmoe.families.protocol import load_expert
 from msmoe.formats.layout import build_export
 from msmoe.layer.expert import Expert
 from msmoe.lowrank.measures import stable_rank
@@ -62,7 +61,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     plans = {m: msmoe.plan(args.checkpoint, stats, method=m, experts=args.experts) for m in ("m-smoe", "m-smoe-refit")}
     for name, layer in plans["m-smoe"].layers.items():
-        load = lambda e, name=name: load_expert(family, source, name, e)
+        load = lambda e, name=name: family.load_expert(source, name, e)
         chosen = [g for g, group in enumerate(layer.groups) if len(group.members) > 1]
         sizes = [len(layer.groups[g].members) for g in chosen]
         cells = [ranks([load(e) for g in chosen for e in layer.groups[g].members])]

@@ -150,7 +150,7 @@ def test_the_readme_shows_every_command_but_the_demo():
     shown = [line[1] for line in use_commands()]
     assert shown == [
         "inspect", "convert", "profile", "plan", "apply", "factorize", "recover", "evaluate", "compress", "compress",
-        "compare", "report", "methods",
+        "compare", "report", "methods", "families",
     ]  # fmt: skip
 
 

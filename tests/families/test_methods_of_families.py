@@ -32,7 +32,6 @@ from msmoe.families import family_of
 from msmoe.families.generic import GENERIC
 from msmoe.families.loading import load
 from msmoe.families.names import number_of
-from msmoe.families.protocol import load_expert
 from msmoe.forecasting.run import forecast
 from msmoe.formats.verify import has_reference, reference_model, trial
 from msmoe.planning.methods import METHODS
@@ -229,7 +228,7 @@ def save_doubled(family: str, path: Path) -> Path:
     state = model.state_dict()
     for layer in adapter.layers(source):
         for e in range(0, NUM_EXPERTS, 2):
-            copied = load_expert(adapter, source, layer.name, e)
+            copied = adapter.load_expert(source, layer.name, e)
             copied = copied.permuted(torch.randperm(layer.d_ff, generator=generator))
             for part in adapter.memory_parts(source, layer.name, e + 1):
                 part.place_in(state[part.key]).copy_(part.join(copied.weights))
@@ -408,7 +407,7 @@ def test_outputs_of_experts_that_get_every_token_are_those_of_the_chosen_ones(fo
     for name, layer in case.stats.layers.items():
         sample = layer.tokens()
         for e in range(NUM_EXPERTS):
-            given = load_expert(GENERIC, source, name, e)(sample.inputs[sample.of(e)[0]]).double()
+            given = GENERIC.load_expert(source, name, e)(sample.inputs[sample.of(e)[0]]).double()
             torch.testing.assert_close(layer.output_sum[e], given.sum(0), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(layer.output_norm_sum[e], given.norm(dim=1).sum(), rtol=1e-5, atol=1e-6)
 
