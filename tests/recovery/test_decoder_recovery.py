@@ -64,7 +64,8 @@ def test_a_recovered_decoder_gives_in_transformers_the_loss_that_was_validated(c
     stock, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", trust_remote_code=trust, output_loading_info=True, dtype=torch.float32
     )
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     ids = torch.tensor([[1, 40, 50, 60]])
     with torch.inference_mode():
         torch.testing.assert_close(stock(ids).logits, load(tmp_path / "out")(ids).logits)
