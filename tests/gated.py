@@ -91,7 +91,8 @@ def layer_stats(router: SoftmaxTopK, *, count: int = 400) -> LayerStats:
     zeros = torch.zeros(num_experts, d, dtype=torch.float64)
     logits = router.logits(x).double()
     return LayerStats(
-        routed=used, dispatched=used, gate_mass=zeros[:, 0], soft_mass=zeros[:, 0], router_logits_gram=logits.T @ logits,
+        routed=used, dispatched=used, gate_mass=zeros[:, 0], soft_mass=zeros[:, 0],
+        router_logits_gram=logits.T @ logits,
         input_sum=zeros, input_abs_sum=zeros, input_square_sum=zeros, sequence_counts=used[None].int(), sample=sample,
         sample_size=count, top_k=router.top_k,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
+import pandas as pd
 from msmoe.analysis.report.document import distinct
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
@@ -59,8 +60,8 @@ def slider(name: str, label: str, low: float, high: float, *, value: float, step
 def short_names(names: Sequence[str]) -> dict[str, str]:
     """Layer names as short as they can be told apart: `encoder.block.1.layer.1.mlp` -> `encoder 1`.
 
-    Parts of the module path that all layers share are left out, then from the right those that tell nothing new. Long
-    names are cut; all stay distinct.
+    Parts of the module path that all layers share are left out, then from the right those that tell nothing new; where
+    a number alone is left, as of a decoder, it is that of a `layer`. Long names are cut; all stay distinct.
     """
     paths = [name.split(".") for name in names]
     if len(set(names)) < 2 or len({len(path) for path in paths}) > 1:
@@ -71,12 +72,19 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
         if fewer and len({tuple(path[j] for j in fewer) for path in paths}) == len(paths):
             kept = fewer
     labels = distinct([" ".join(path[j] for j in kept) for path in paths])
+    if all(label.isdigit() for label in labels):
+        labels = [f"layer {label}" for label in labels]
     return dict(zip(names, labels, strict=True))
 
 
 def stack_of(name: str) -> str:
     """The part of the model that a layer stands in: the first part of its module path, such as encoder."""
     return name.partition(".")[0]
+
+
+def stack_legend(stacks: pd.Series) -> alt.Legend | None:
+    """The legend of a chart in the colours of the stacks; none where there is one stack alone."""
+    return alt.Legend(orient="top") if stacks.nunique() > 1 else None
 
 
 def to_spec(chart: alt.TopLevelMixin, *, title: str = "", reading: str = "") -> dict[str, Any]:

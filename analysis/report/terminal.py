@@ -13,6 +13,7 @@ from rich.text import Text
 
 from msmoe.calibration.stats import Stats
 from msmoe.calibration.usage import effective_experts
+from msmoe.families import drops_tokens
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 SHADES = "·░▒▓█"
@@ -74,7 +75,8 @@ def usage_grid(stats: Stats) -> Grid:
     grid = Grid(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("layer", "usage by expert, · is none", "sorted"):
         grid.add_column(heading, no_wrap=True)
-    for heading in ("dropped", "effective experts"):
+    has_capacity = drops_tokens(stats.checkpoint.get("model_type"))
+    for heading in ("dropped", "effective experts")[not has_capacity :]:
         grid.add_column(heading, justify="right")
     short = short_names(list(stats.layers))
     for name, layer in stats.layers.items():
@@ -84,7 +86,7 @@ def usage_grid(stats: Stats) -> Grid:
             Text(shorten(short[name])),
             Text(characters(usage, SHADES)),
             Text(characters(np.sort(usage)[::-1], BLOCKS)),
-            f"{layer.dropped / max(layer.num_tokens, 1):.1%}",
+            *([f"{layer.dropped / max(layer.num_tokens, 1):.1%}"] if has_capacity else []),
             f"{effective_experts(usage):.1f} of {len(usage)}" if seen else "-",
         )
     return grid

@@ -76,8 +76,9 @@ def zero_leaves(family: Family, model: nn.Module, names: Mapping[str, LayerStats
     def hook(name: str):
         def add(module: nn.Module, inputs: tuple, given: Any) -> Any:
             output = family.layer_output(given) if name in outputs.layers else given
-            leaves[name] = torch.zeros_like(output, requires_grad=True)
-            total = output + leaves[name]
+            first = output[: len(output) // outputs.repeats.get(name, 1)]
+            leaves[name] = torch.zeros_like(first, requires_grad=True)
+            total = torch.cat([first + leaves[name], output[len(first) :]])
             return family.with_layer_output(given, total) if name in outputs.layers else total
 
         return add

@@ -115,6 +115,8 @@ def profile(
         source = subject.checkpoint
         if gradients and subject.family.is_exact(source):
             raise UserError(f"--gradients needs an original checkpoint; {source.path} is compressed")
+        if fisher and (unseen := next((layer for layer in subject.layers if layer.unseen), None)):
+            raise UserError(f"--fisher needs the outputs of the experts of {unseen.name}: {unseen.unseen}")
         calibration = calibrate(
             data, subject.tokenizer, subject.special, samples=samples, seed=seed, columns=columns,
             max_source_length=max_source_length, max_target_length=max_target_length,

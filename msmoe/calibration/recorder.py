@@ -161,7 +161,10 @@ class Recorder:
         def hook(module: nn.Module, inputs: tuple, outputs: Any) -> None:
             valid = self.valid.flatten()
             routed = each(select(self.heard.pop(name), valid), Tensor.cpu)
-            given_TD = self.family.layer_output(outputs).flatten(0, 1)[valid].cpu()
+            given = self.family.layer_output(outputs)
+            if name in self.outputs.repeats:
+                given = given.view(self.outputs.repeats[name], 1, len(valid), -1).sum(0)
+            given_TD = given.flatten(0, 1)[valid].cpu()
             self._add(name, routed, layer_output_sums(routed, given_TD, routed.logits.shape[-1]))
 
         return hook

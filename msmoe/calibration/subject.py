@@ -14,7 +14,8 @@ from msmoe.calibration.tokenizer import SpecialTokens, load_tokenizer, special_t
 from msmoe.checkpoint import Checkpoint
 from msmoe.checkpoint.fingerprint import SAYS_NOTHING
 from msmoe.errors import UserError
-from msmoe.families import Family, MoELayer, family_of, inspectable_family_of
+from msmoe.families import Family, MoELayer, family_of, find_family, inspectable_family_of
+from msmoe.families.stored_names import stored_tensors
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,14 @@ def loaded_from(model: Any) -> Checkpoint | None:
     path = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not path or not Path(path).is_dir():
         return None
-    checkpoint, parameters = Checkpoint(path), dict(model.named_parameters(remove_duplicate=False))
-    if any(name not in parameters and name not in dict(model.named_buffers()) for name in checkpoint):
+    checkpoint = Checkpoint(path)
+    if checkpoint.config.get("quantization_config") is not None:
+        return None
+    buffers = stored_tensors(model, checkpoint, dict(model.named_buffers()))
+    parameters = stored_tensors(model, checkpoint, dict(model.named_parameters(remove_duplicate=False)))
+    family = find_family(checkpoint)
+    unused = family.dropped(checkpoint) if family is not None else {}
+    if any(name not in parameters and name not in buffers and name not in unused for name in checkpoint):
         return None
     if any(parameters[n].shape != checkpoint.spec(n).shape for n in checkpoint if n in parameters):
         return None
@@ -114,5 +121,8 @@ def saved(model: Any, stack: contextlib.ExitStack) -> Checkpoint:
 def check_finite(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Raise `UserError` naming the first tensor of the model with a NaN or infinite value."""
     for name, parameter in model.named_parameters():
-        if name in checkpoint and not parameter.detach().sum().isfinite():
-            checkpoint.read_finite(name)
+        if parameter.detach().sum().isfinite():
+            continue
+        for stored in stored_tensors(model, checkpoint, {name: parameter.detach()}):
+            if stored in checkpoint:
+                checkpoint.read_finite(stored)

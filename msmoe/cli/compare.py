@@ -67,6 +67,11 @@ GAP = 2  # blanks between columns
 @click.option(
     "--keep-layer", "keep_layers", multiple=True, metavar="NAME", help="Leave this layer as it is; see `msmoe plan`."
 )
+@click.option(
+    "--export",
+    help="Decoders: native (default), their own class, with as many experts in every layer; or exact. Methods that "
+    "native cannot hold are exact within the same bytes.",
+)
 @click.option("--cost/--no-cost", default=True, help="Also measure FLOPs, speed and memory. On by default.")
 @click.option("--learning-rate", type=float, default=3e-4, show_default=True, help="Of the recovery.")
 @click.option("--batch-size", type=AT_LEAST_ONE, default=16, show_default=True, help="Of the recovery.")
@@ -80,8 +85,8 @@ GAP = 2  # blanks between columns
 def command(
     checkpoint: Path, data: str, tasks: tuple[str, ...], methods: str, experts: str, recover_steps: str,
     recover_data: str | None, seeds: int, out: Path, resume: bool, processes: int, samples: int, token_sample: int,
-    max_examples: int | None, metric: str | None, keep_layers: tuple[str, ...], cost: bool, force: bool, as_json: bool,
-    columns: dict[str, str] | None, device: str, dtype: str, **recovery,
+    max_examples: int | None, metric: str | None, keep_layers: tuple[str, ...], export: str | None, cost: bool,
+    force: bool, as_json: bool, columns: dict[str, str] | None, device: str, dtype: str, **recovery,
 ) -> None:  # fmt: skip
     """Compare methods at the same stored bytes on the same calibration data and tasks, in one table.
 
@@ -106,7 +111,7 @@ def command(
             seeds=tuple(range(seeds)), processes=processes, samples=samples, token_sample=token_sample,
             max_examples=max_examples, explicit_metric=metric is not None, keep_layers=keep_layers or None, cost=cost,
             resume=resume, force=force, recovery=recovery, columns=columns, device=device, dtype=dtype,
-            progress=update, tell=lambda text: click.echo(f"msmoe: {text}", err=True), **options,
+            export=export, progress=update, tell=lambda text: click.echo(f"msmoe: {text}", err=True), **options,
         )  # fmt: skip
     written = write_all(results, out, force=True)
     if as_json:

@@ -64,7 +64,7 @@ def command(
     source = Checkpoint(checkpoint)
     choices = choices_of(options)
     check_request(family_of(source), source, method=method, export=export, router=router, **choices)
-    sizes = ("keep_layers", "experts", "target_size")  # what a method reads does not depend on these
+    sizes = ("keep_layers", "experts", "target_size", "round_to")  # what a method reads does not depend on these
     needed = resolve(method, {name: value for name, value in choices.items() if name not in sizes}).needs
     with progress("profiling") as update:
         stats = profile(

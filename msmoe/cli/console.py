@@ -123,7 +123,7 @@ def table(*columns: str, title: str | None = None) -> "Table":
 
 
 def usage_table(stats) -> "Table":
-    """Per-layer expert usage: one bar per expert, entropy, the largest share, dropped tokens.
+    """Per-layer expert usage: one bar per expert, entropy, the largest share, and dropped tokens where some can be.
 
     Args:
         stats: `msmoe.Stats`.
@@ -131,15 +131,18 @@ def usage_table(stats) -> "Table":
     from rich.text import Text
 
     from msmoe.calibration.usage import entropy
+    from msmoe.families import drops_tokens
 
-    result = table("layer", "tokens", "dropped", "largest", "entropy", "unused", title="Expert usage (routed tokens)")
+    has_capacity = drops_tokens(stats.checkpoint.get("model_type"))
+    dropped = ["dropped"] if has_capacity else []
+    result = table("layer", "tokens", *dropped, "largest", "entropy", "unused", title="Expert usage (routed tokens)")
     result.add_column("usage of experts 0, 1, ...", justify="left", no_wrap=True)
     for name, layer in stats.layers.items():
         usage = layer.usage
         result.add_row(
             Text(name),
             f"{layer.num_tokens:,}",
-            f"{layer.dropped / max(layer.num_tokens, 1):.1%}",
+            *([f"{layer.dropped / max(layer.num_tokens, 1):.1%}"] if has_capacity else []),
             f"{usage.max():.1%}",
             f"{entropy(usage):.2f}",
             str(int((layer.array("routed") == 0).sum())),

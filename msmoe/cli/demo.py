@@ -16,10 +16,9 @@ from msmoe.cli.console import console, progress, table, usage_table
 from msmoe.cli.factorize import print_factors
 from msmoe.cli.options import check_output, force_option
 from msmoe.cli.plan import print_plan
+from msmoe.demo import DEMOS, Demo
 from msmoe.units import human_bytes
 
-METRICS = "exact_match,macro_f1,loss"
-EXPERT_SHARE = 0.3  # of the bytes of the merged experts, for the factorised ones
 NAMES = ["original", "merged", "MC-SMoE"]
 LEGEND = (
     "original: the embedded checkpoint. merged: its experts merged, step 3. MC-SMoE: merged, factorised and recovered, "
@@ -27,13 +26,23 @@ LEGEND = (
     "brackets: 95 % interval over the examples. Loss: per token, lower is better; recovery trains on text, so that a "
     "loss on text may fall below the original's."
 )
+SHOWN = ("exact_match", "accuracy", "loss")  # the first of these that a task has
+FISHER_RECORDS = 64
 SOURCE_WIDTH = 60  # characters of a question
 RECOVERY: dict[str, Any] = {"learning_rate": 5e-4, "hidden_weight": 3.0}
 
 
 @click.command("demo")
-@click.option("--experts", type=float, default=4, show_default=True, help="Experts kept per layer, on average, of 16.")
-@click.option("--method", default="m-smoe-refit", show_default=True, help="A row of `msmoe methods`.")
+@click.option(
+    "--family",
+    type=click.Choice(list(DEMOS)),
+    default="switch",
+    show_default=True,
+    help="switch: a Switch Transformer, encoder-decoder, one expert per token; decoder: a Qwen3-MoE, two experts per "
+    "token, whose experts hold facts.",
+)
+@click.option("--experts", type=float, help="Experts kept per layer, on average, of 16; default 4, of the decoder 12.")
+@click.option("--method", help="A row of `msmoe methods`; default m-smoe-refit, of the decoder reap-refit.")
 @click.option("--samples", type=click.IntRange(min=1), help="Use this many test examples per task instead of all.")
 @click.option(
     "--recovery-steps", type=click.IntRange(min=1), default=150, show_default=True, help="Steps of the distillation."
@@ -43,18 +52,18 @@ RECOVERY: dict[str, Any] = {"learning_rate": 5e-4, "hidden_weight": 3.0}
 )
 @force_option
 def command(
-    experts: float, method: str, samples: int | None, recovery_steps: int, out: Path | None, force: bool
-) -> None:
-    """The whole story on the embedded checkpoint: profile, plan, apply, factorise, recover, evaluate, report.
+    family: str, experts: float | None, method: str | None, samples: int | None, recovery_steps: int,
+    out: Path | None, force: bool,
+) -> None:  # fmt: skip
+    """The whole story on an embedded checkpoint: profile, plan, apply, factorise, recover, evaluate, report.
 
     \b
-    Example: msmoe demo
+    Example: msmoe demo --family decoder
     """
     from msmoe.calibration.profile import profile
     from msmoe.checkpoint import Checkpoint
     from msmoe.compression.apply import apply
     from msmoe.compression.factorize import factorize
-    from msmoe.demo import CALIBRATION, CHECKPOINT
     from msmoe.families import family_of
     from msmoe.planning.planner import check_request, plan
     from msmoe.recovery.run import recover
@@ -62,41 +71,46 @@ def command(
 
     if out is not None:
         check_output(out, force=force)
-    source = Checkpoint(CHECKPOINT)
-    check_request(
-        family_of(source), source, method=method, export="exact", router="fit", keep_layers=None, experts=experts
-    )
+    demo = DEMOS[family]
+    experts, method = demo.experts if experts is None else experts, method or demo.method
+    source, choices = Checkpoint(demo.checkpoint), {"method": method, "export": demo.export, "experts": experts}
+    check_request(family_of(source), source, router="fit", keep_layers=None, **choices)
     folder = out or Path(tempfile.mkdtemp(prefix="msmoe-demo-"))
     folder.mkdir(parents=True, exist_ok=True)
     compressed = folder / "compressed"
     echo, started = console().print, time.perf_counter()
 
-    echo(f"[bold]1. Profile[/bold] {CHECKPOINT.name} on {CALIBRATION.name}")
+    echo(f"[bold]1. Profile[/bold] {demo.checkpoint.name} on {demo.calibration.name}")
     with progress("profiling") as update:
-        stats = profile(CHECKPOINT, CALIBRATION, samples=512, token_sample=16384, fisher=64, progress=update)
+        stats = profile(
+            demo.checkpoint, demo.calibration, samples=demo.samples, token_sample=16384,
+            fisher=FISHER_RECORDS, progress=update,
+        )  # fmt: skip
     stats.save(folder / "stats", force=True)
     echo(usage_table(stats))
 
     echo(f"\n[bold]2. Plan[/bold] {method}, {experts:g} of 16 experts per layer on average")
-    result = plan(CHECKPOINT, stats, method=method, experts=experts)
+    result = plan(demo.checkpoint, stats, **choices)
     result.save(folder / "plan.json")
     print_plan(result)
 
     echo("\n[bold]3. Apply[/bold]")
     with progress("merging") as update:
-        report = apply(CHECKPOINT, result, compressed, stats=stats, force=True, progress=update)
+        report = apply(
+            demo.checkpoint, result, compressed, stats=stats, export=demo.export, force=True, progress=update
+        )
     print_report(report, as_json=False)
     seconds = time.perf_counter() - started
 
     echo("\n[bold]4. Reload[/bold] in a fresh process with plain transformers")
-    difference, reference = reload_elsewhere(compressed, folder)
+    difference, reference = reload_elsewhere(demo, compressed, folder)
     echo(f"largest difference to {reference}: {difference:.1e} on logits")
 
-    echo(f"\n[bold]5. Factorise[/bold] every expert, to {EXPERT_SHARE:.0%} of the bytes of the merged ones")
+    echo(f"\n[bold]5. Factorise[/bold] every expert, to {demo.expert_share:.0%} of the bytes of the merged ones")
     small = folder / "factorized"
     with progress("factorising") as update:
         factors = factorize(
-            compressed, small, stats=stats, target_bytes=budget(compressed), keep_layers=["none"], force=True,
+            compressed, small, stats=stats, target_bytes=budget(demo, compressed), keep_layers=["none"], force=True,
             progress=update,
         )  # fmt: skip
     print_factors(factors, as_json=False)
@@ -107,8 +121,8 @@ def command(
         training = recover(
             small,
             recovered,
-            data=CALIBRATION,
-            teacher=CHECKPOINT,
+            data=demo.calibration,
+            teacher=demo.checkpoint,
             force=True,
             progress=update,
             steps=recovery_steps,
@@ -120,32 +134,31 @@ def command(
     )
 
     echo("\n[bold]7. Evaluate[/bold] the three checkpoints on held-out data, one core each")
-    checkpoints = [CHECKPOINT, compressed, recovered]
-    results = evaluate_all(checkpoints, folder, samples=samples)
+    checkpoints = [demo.checkpoint, compressed, recovered]
+    results = evaluate_all(demo, checkpoints, folder, samples=samples)
     print_comparison(results, [experts_of(path) for path in checkpoints], NAMES)
-    print_answers(checkpoints)
+    print_answers(demo, checkpoints)
 
     echo("\n[bold]8. Report[/bold]")
     page = folder / "report.html"
     with progress("reporting") as update:
         measured = [results_file(path, folder) for path in checkpoints]
-        make_report(CHECKPOINT, folder / "stats", *checkpoints[1:], *measured, thorough=True, tell=update).save(
-            page, force=True
-        )
+        made = make_report(demo.checkpoint, folder / "stats", *checkpoints[1:], *measured, thorough=True, tell=update)
+        made.save(page, force=True)
     echo(f"usage, similarity, plan, cost and forecast on one page: open {page} in a browser")
     echo(f"\nmerging took {seconds:.0f} s, all of it {time.perf_counter() - started:.0f} s; files are in {folder}")
 
 
-def budget(merged: Path) -> int:
-    """Bytes of a checkpoint whose experts take `EXPERT_SHARE` of what those of `merged` take."""
+def budget(demo: Demo, merged: Path) -> int:
+    """Bytes of a checkpoint whose experts take the demo's share of what those of `merged` take."""
     from msmoe.families.inspection import inspect
 
     summary = inspect(merged)
     experts = summary.parts["experts"][1]
-    return summary.num_bytes - experts + int(EXPERT_SHARE * experts)
+    return summary.num_bytes - experts + int(demo.expert_share * experts)
 
 
-def reload_elsewhere(compressed: Path, folder: Path) -> tuple[float, str]:
+def reload_elsewhere(demo: Demo, compressed: Path, folder: Path) -> tuple[float, str]:
     """Logits of the compressed checkpoint from a process without msmoe, against a reference made here.
 
     Returns:
@@ -156,16 +169,18 @@ def reload_elsewhere(compressed: Path, folder: Path) -> tuple[float, str]:
 
     from msmoe.calibration.batches import collate
     from msmoe.calibration.profile import load_tokenizer
-    from msmoe.calibration.records import read_records
-    from msmoe.calibration.tokenization import tokenize
-    from msmoe.demo import CHECKPOINT, TASKS
+    from msmoe.calibration.tokenization import special_tokens_of, tokenize
+    from msmoe.checkpoint import Checkpoint
     from msmoe.demo import __file__ as here
+    from msmoe.demo.answers import first_questions
     from msmoe.errors import UserError
     from msmoe.families.loading import load
     from msmoe.formats.verify import reference_model
 
-    raw = [read_records(file)[0] for file in sorted(TASKS.glob("*.jsonl"))]
-    batch = collate(tokenize(raw, load_tokenizer(CHECKPOINT)), pad_id=0)
+    raw = first_questions(demo.tasks)
+    special = special_tokens_of(Checkpoint(demo.checkpoint))
+    tokens = tokenize(raw, load_tokenizer(demo.checkpoint), causal=special.is_causal)
+    batch = collate(tokens, pad_id=special.pad_id)
     batch_file, logits_file = folder / "batch.safetensors", folder / "logits.safetensors"
     save_file(batch, batch_file)
     script = Path(here).with_name("reload.py")
@@ -180,7 +195,7 @@ def reload_elsewhere(compressed: Path, folder: Path) -> tuple[float, str]:
         raise UserError(f"the compressed checkpoint did not reload: {run.stderr.strip().splitlines()[-1]}")
     click.echo(run.stdout, nl=False)
     try:
-        model, name = reference_model(CHECKPOINT, compressed), "the stock model with merged weights"
+        model, name = reference_model(demo.checkpoint, compressed), "the stock model with merged weights"
     except UserError:  # removed experts: no stock model routes like that
         model, name = load(compressed), "the same checkpoint loaded by msmoe"
     with torch.inference_mode():
@@ -188,12 +203,12 @@ def reload_elsewhere(compressed: Path, folder: Path) -> tuple[float, str]:
     return float((load_file(logits_file)["logits"] - expected).abs().max()), name
 
 
-def evaluate_all(checkpoints: list[Path], folder: Path, *, samples: int | None) -> list[list[dict]]:
+def evaluate_all(demo: Demo, checkpoints: list[Path], folder: Path, *, samples: int | None) -> list[list[dict]]:
     """Evaluate each checkpoint in a process of its own, as many at once as there are cores."""
     from concurrent.futures import ThreadPoolExecutor
 
     with progress("evaluating") as update, ThreadPoolExecutor(os.cpu_count()) as pool:
-        running = [pool.submit(evaluate_one, checkpoint, folder, samples=samples) for checkpoint in checkpoints]
+        running = [pool.submit(evaluate_one, demo, checkpoint, folder, samples=samples) for checkpoint in checkpoints]
         results = []
         for done, future in enumerate(running, 1):
             results.append(future.result())
@@ -201,14 +216,23 @@ def evaluate_all(checkpoints: list[Path], folder: Path, *, samples: int | None) 
     return results
 
 
-def evaluate_one(checkpoint: Path, folder: Path, *, samples: int | None) -> list[dict]:
+def evaluate_one(demo: Demo, checkpoint: Path, folder: Path, *, samples: int | None) -> list[dict]:
     """Evaluate a checkpoint in a process of its own: its time and its peak memory are its own."""
-    from msmoe.demo import HELD_OUT_TEXT, TASKS
     from msmoe.errors import UserError
 
-    tasks = [argument for file in [*sorted(TASKS.glob("*.jsonl")), HELD_OUT_TEXT] for argument in ("--data", str(file))]
+    tasks = [argument for file in [*demo.tasks, demo.held_out_text] for argument in ("--data", str(file))]
     limit = ["--samples", str(samples)] if samples else []
-    command = [sys.executable, "-m", "msmoe.cli", "evaluate", str(checkpoint), *tasks, *limit, "--metrics", METRICS]
+    command = [
+        sys.executable,
+        "-m",
+        "msmoe.cli",
+        "evaluate",
+        str(checkpoint),
+        *tasks,
+        *limit,
+        "--metrics",
+        demo.metrics,
+    ]
     out = results_file(checkpoint, folder)
     run = subprocess.run(
         [*command, "--out", str(out), "--force"],
@@ -246,7 +270,7 @@ def print_comparison(results: list[list[dict]], experts: list[str], names: list[
     rows.add_row("parameters", "", *[f"{records[0]['num_parameters']:,}" for records in results])
     rows.add_row("bytes of weights on disk", "", *[f"{records[0]['bytes']:,}" for records in results])
     for records in zip(*results, strict=True):
-        metric = "exact_match" if "exact_match" in records[0]["metrics"] else "loss"
+        metric = next(name for name in SHOWN if name in records[0]["metrics"])
         share = records[0]["majority_share"]
         name = f"{records[0]['task'].replace('_', ' ')}, {metric.replace('_', ' ')}"
         rows.add_row(name, "" if share is None else f"{share:.3f}", *[interval(record, metric) for record in records])
@@ -256,14 +280,13 @@ def print_comparison(results: list[list[dict]], experts: list[str], names: list[
     console().print(LEGEND, style="dim")
 
 
-def print_answers(checkpoints: list[Path]) -> None:
+def print_answers(demo: Demo, checkpoints: list[Path]) -> None:
     """The answers of the checkpoints to the first question of every task, side by side."""
     from rich.text import Text
 
-    from msmoe.demo import TASKS
     from msmoe.demo.answers import answers, first_questions
 
-    questions = first_questions(sorted(TASKS.glob("*.jsonl")))
+    questions = first_questions(demo.tasks)
     with progress("answering") as update:
         given = []
         for done, checkpoint in enumerate(checkpoints, 1):

@@ -43,9 +43,10 @@ def command(
         print_json(summary.to_dict() | ({"ranks": matrices} if matrices else {}))
         return
     out = console()
+    capacity = "" if summary.expert_capacity is None else f", expert capacity {summary.expert_capacity}"
     out.print(
         f"{summary.path}: {summary.model_type}, {summary.num_parameters:,} parameters, "
-        f"{human_bytes(summary.num_bytes)} ({', '.join(summary.dtypes)}), expert capacity {summary.expert_capacity}\n"
+        f"{human_bytes(summary.num_bytes)} ({', '.join(summary.dtypes)}){capacity}\n"
     )
     parts = table("part", "parameters", "bytes", "share")
     for name, (count, size) in summary.parts.items():

@@ -7,25 +7,37 @@ keeps fewer, one that stores less keeps more.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from msmoe.comparison.summary import count
 from msmoe.errors import UserError
-from msmoe.planning.methods import METHODS
+from msmoe.families import MoELayer
+from msmoe.planning.methods import METHODS, resolve
 from msmoe.planning.planner import Planner
 
 REFERENCE = "m-smoe"
 
 
-def budget_bytes(planner: Planner, experts: float, *, keep_layers: list[str] | None) -> int:
+def budget_bytes(planner: Planner, experts: float, *, keep_layers: list[str] | None, export: str | None = None) -> int:
     """Stored bytes that no method may exceed at a size."""
-    return planner.predicted_bytes(REFERENCE, keep_layers=keep_layers, experts=experts)
+    return planner.predicted_bytes(REFERENCE, keep_layers=keep_layers, export=export or "exact", experts=experts)
 
 
 def experts_within(
-    planner: Planner, method: str, limit: int, /, *, keep_layers: list[str] | None, size: float, **choices: Any
+    planner: Planner,
+    method: str,
+    limit: int,
+    /,
+    *,
+    keep_layers: list[str] | None,
+    size: float,
+    export: str = "exact",
+    budget_export: str | None = None,
+    **choices: Any,
 ) -> float | None:
     """Experts per compressible layer, on average, that a method can keep within a budget; None for its own number.
 
     Args:
-        size: the size asked for, for the error; choices: of the method, as `msmoe.plan`.
+        size: the size asked for, and the export that its budget is of, for the error.
+        export: of the method; choices: of it, as `msmoe.plan`.
 
     Raises:
         UserError: if even the fewest do not fit; the message says which sizes do.
@@ -33,17 +45,38 @@ def experts_within(
     if METHODS[method].fixed:
         return None
     layers = planner.compressible(keep_layers)
-    num_layers, most = len(layers), sum(layer.num_experts for layer in layers)
+    num_layers = len(layers)
     stored: Callable[[int], int] = lambda total: planner.predicted_bytes(
-        method, keep_layers=keep_layers, experts=total / num_layers, **choices
+        method, keep_layers=keep_layers, export=export, experts=total / num_layers, **choices
     )
-    smallest = stored(num_layers)
+    totals = totals_of(planner, layers, export, loses_rows=resolve(method, choices).loses_rows)
+    smallest = stored(totals[0])
     if smallest > limit:
+        fewest = count(totals[0] // num_layers, "expert")
         raise UserError(
-            f"method {method} cannot reach the size of {size:g} per layer, {limit:,} bytes: with 1 expert "
-            f"per layer it stores {smallest:,} bytes. Ask for {sizes_that_hold(planner, smallest, keep_layers)}"
+            f"method {method} cannot reach the size of {size:g} per layer, {limit:,} bytes: with {fewest} "
+            f"per layer it stores {smallest:,} bytes. Ask for "
+            f"{sizes_that_hold(planner, smallest, keep_layers, budget_export)}"
         )
-    return largest_within(stored, range(num_layers, most + 1), limit) / num_layers
+    return largest_within(stored, totals, limit) / num_layers
+
+
+def totals_of(planner: Planner, layers: Sequence[MoELayer], export: str, *, loses_rows: bool) -> Sequence[int]:
+    """Numbers of experts over all layers that an export can hold, ascending.
+
+    A router that loses rows keeps as many as a token goes to.
+    """
+    if export == "native":
+        return [number * len(layers) for number in whole_numbers(planner, export)]
+    fewest = sum(layer.top_k if loses_rows else 1 for layer in layers)
+    return range(fewest, sum(layer.num_experts for layer in layers) + 1)
+
+
+def whole_numbers(planner: Planner, export: str | None) -> Sequence[int]:
+    """Numbers of experts that every compressible layer of an export can have."""
+    if export == "native":
+        return planner.family.counts(planner.source)
+    return range(1, min(layer.num_experts for layer in planner.layers) + 1)
 
 
 def largest_within(size: Callable[[int], int], totals: Sequence[int], budget: int) -> int:
@@ -55,8 +88,10 @@ def largest_within(size: Callable[[int], int], totals: Sequence[int], budget: in
     return totals[low]
 
 
-def sizes_that_hold(planner: Planner, needed: int, keep_layers: list[str] | None) -> str:
+def sizes_that_hold(planner: Planner, needed: int, keep_layers: list[str] | None, export: str | None) -> str:
     """The whole numbers of experts whose budget holds so many bytes, in words."""
-    most = min(layer.num_experts for layer in planner.compressible(keep_layers))
-    fitting = [n for n in range(1, most + 1) if budget_bytes(planner, n, keep_layers=keep_layers) >= needed]
-    return f"--experts {fitting[0]} to {most}" if fitting else "another method: no size of this checkpoint holds it"
+    numbers = whole_numbers(planner, export)
+    fitting = [n for n in numbers if budget_bytes(planner, n, keep_layers=keep_layers, export=export) >= needed]
+    if not fitting:
+        return "another method: no size of this checkpoint holds it"
+    return f"--experts {fitting[0]} to {numbers[-1]}"

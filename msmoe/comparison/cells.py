@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from msmoe.calibration.batches import IGNORE, batch_indices, collate
+from msmoe.calibration.batches import batch_indices, collate
 from msmoe.calibration.records import TokenRecord, choose_records, read_records
+from msmoe.calibration.targets import target_log_probabilities
 from msmoe.calibration.tokenization import tokenize_for
 from msmoe.calibration.tokenizer import load_tokenizer, tokenizer_digest
 from msmoe.checkpoint import Checkpoint
@@ -28,7 +29,7 @@ from msmoe.comparison.settings import Settings
 from msmoe.compression.apply import apply
 from msmoe.device import choose_device, choose_dtype
 from msmoe.evaluation.results import TaskResult
-from msmoe.evaluation.run import evaluate
+from msmoe.evaluation.run import evaluate, special_tokens_of
 from msmoe.families import inspectable_family_of
 from msmoe.families.loading import load
 from msmoe.planning.plan import Plan
@@ -57,6 +58,7 @@ class Job:
         plan, stats: files; a plan of None is the original itself.
         layer_loss: also measure the loss with one layer compressed at a time.
         calibration: identity of what the statistics were made from.
+        export: in which the plan is carried out.
     """
 
     method: str
@@ -72,6 +74,7 @@ class Job:
     settings: Settings
     out: Path
     calibration: str
+    export: str = "exact"
 
     @property
     def name(self) -> str:
@@ -87,7 +90,7 @@ def cell_file(job: Job, steps: int) -> Path:
         FORMAT, version("msmoe"), Checkpoint(job.checkpoint).fingerprint, job.method, job.experts, job.seed, plan,
         [[t.file.stem, t.metric, t.sha256] for t in job.tasks], settings.max_examples, recovery, job.layer_loss,
         tokenizer_digest(job.checkpoint),
-        *([settings.unusual] if settings.unusual else []),
+        *([settings.unusual] if settings.unusual else []), *([job.export] if settings.export and job.plan else []),
     ]  # fmt: skip
     digest = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return job.out / "cells" / f"{job.name}-{steps}-{digest[:16]}.json"
@@ -112,7 +115,7 @@ def run_job(job: Job) -> int:
         model = job.checkpoint
         if job.plan is not None:
             model = work / "compressed"
-            apply(job.checkpoint, job.plan, model, stats=job.stats, workers=1)
+            apply(job.checkpoint, job.plan, model, stats=job.stats, export=job.export, workers=1)
         applied = time.perf_counter() - started
         for steps in missing:
             started = time.perf_counter()
@@ -164,6 +167,7 @@ def measure(job: Job, path: Path, steps: int) -> dict:
         "layer_loss": layer_losses(job, model) if job.layer_loss and plan and not steps else None,
         "notes": plan.notes if plan else {},
         "evaluate_seconds": time.perf_counter() - started,
+        **({"export": job.export} if job.settings.export and plan else {}),
     }
 
 
@@ -220,9 +224,8 @@ def mean_loss(model: Any, records: list[TokenRecord]) -> float:
     """Cross-entropy per target token."""
     total, count = 0.0, 0
     for chosen in batch_indices(records, 32):
-        batch = collate([records[i] for i in chosen], pad_id=model.config.pad_token_id)
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        number = int((batch["labels"] != IGNORE).sum())
-        total += float(model(**batch).loss) * number
-        count += number
+        batch = collate([records[i] for i in chosen], pad_id=special_tokens_of(model, None).pad_id)
+        said = target_log_probabilities(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+        total -= float(said.double().sum())
+        count += len(said)
     return total / count

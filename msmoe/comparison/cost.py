@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from msmoe.calibration.batches import collate
+from msmoe.calibration.batches import collate, collate_prompts
 from msmoe.calibration.records import TokenRecord
+from msmoe.calibration.tokenizer import is_causal
 from msmoe.comparison.cells import Job, cell_file, layer_records
 from msmoe.compression.apply import apply
 from msmoe.evaluation.answers import generating, greedy
+from msmoe.evaluation.flops import flop_counter
 from msmoe.evaluation.run import peak_memory, special_tokens_of
 from msmoe.families.loading import load
 
@@ -43,7 +44,7 @@ def cost_file(job: Job) -> Path:
 def run_cost(job: Job, path: Path) -> dict:
     """Compress to `path`, and let it and the original take turns: the entry in `results.json`, but for the memory."""
     assert job.plan is not None
-    apply(job.checkpoint, job.plan, path, stats=job.stats, workers=1)
+    apply(job.checkpoint, job.plan, path, stats=job.stats, export=job.export, workers=1)
     measured = measure_costs({"own": load(path), "full": load(job.checkpoint)}, layer_records(job))
     return measured["own"] | {"full": measured["full"]}
 
@@ -63,13 +64,15 @@ def batch_of(records: list[TokenRecord]) -> dict[str, Tensor]:
 def measure_costs(models: dict[str, Any], records: list[TokenRecord]) -> dict[str, dict]:
     """FLOPs executed per token, and speeds of prefill and generation, of models that take turns.
 
-    Prefill is one forward pass over source and target tokens; generation writes a fixed number of tokens.
+    Prefill is one forward pass over source and target tokens; generation writes a fixed number of tokens, of a decoder
+    behind all that a record holds.
 
     Returns:
         name -> its entry in `results.json`.
     """
     chosen = [records[i] for i in np.linspace(0, len(records) - 1, min(BATCH_SIZE, len(records))).astype(int)]
-    num_tokens = sum(len(r.input_ids) + len(r.labels) for r in chosen)
+    causal = is_causal(next(iter(models.values())).config)
+    num_tokens = sum(len(r.input_ids) + (0 if causal else len(r.labels)) for r in chosen)
     prefill = speeds(models, chosen, lambda model, batch: model(**batch), num_tokens)
     generation = speeds(models, chosen, generate, NEW_TOKENS * len(chosen))
     return {
@@ -84,15 +87,19 @@ def measure_costs(models: dict[str, Any], records: list[TokenRecord]) -> dict[st
 
 def executed_flops(model: Any, records: list[TokenRecord]) -> int:
     """Floating-point operations of forward passes over single, unpadded records, as torch counts them."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         for record in records:
             model(**batch_of([record]))
     return counter.get_total_flops()
 
 
 def generate(model: Any, batch: dict[str, Tensor]) -> None:
-    settings = greedy(special_tokens_of(model, None), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+    special = special_tokens_of(model, None)
+    settings = greedy(special, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    if special.is_causal:
+        rows = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        inputs = collate_prompts([ids[mask.bool()].tolist() for ids, mask in rows], pad_id=special.pad_id)
     with generating(model, settings):
         model.generate(**inputs, generation_config=settings)
 

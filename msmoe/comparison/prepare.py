@@ -13,6 +13,7 @@ from msmoe.calibration.tokenizer import tokenizer_digest
 from msmoe.checkpoint import Checkpoint
 from msmoe.comparison.budget import budget_bytes, experts_within
 from msmoe.comparison.cells import Job, Task
+from msmoe.comparison.exports import export_of
 from msmoe.comparison.keeping import keep, kept
 from msmoe.comparison.settings import FISHER_RECORDS, Settings
 from msmoe.compression.provenance import versions
@@ -93,21 +94,28 @@ def plan_jobs(
             job = Job(
                 label, experts, seed, settings.recover_steps, planner.source.path, None,
                 out / "stats" / f"seed-{seed}", first, data, tasks, settings, out,
-                calibration_of(planner.stats, settings, label),
+                calibration_of(planner.stats, settings, label), export_of(label, settings.export),
             )  # fmt: skip
             if method == "full":
                 jobs.append(job)
                 continue
             note(f"planning {label}, {experts:g} experts, seed {seed}")
-            file = out / "plans" / f"seed-{seed}" / f"{label}-{experts:g}.json"
+            kind = "" if job.export == "exact" else f"-{job.export}"
+            file = out / "plans" / f"seed-{seed}" / f"{label}-{experts:g}{kind}.json"
             file.parent.mkdir(parents=True, exist_ok=True)
             chosen: dict[str, Any] = {}
             if not fixed:
-                budget = budget_bytes(planner, experts, keep_layers=settings.kept)
-                within = experts_within(planner, method, budget, keep_layers=settings.kept, size=experts, **choices)
+                budget = budget_bytes(planner, experts, keep_layers=settings.kept, export=settings.export)
+                within = experts_within(
+                    planner, method, budget, keep_layers=settings.kept, size=experts, export=job.export,
+                    budget_export=settings.export, **choices,
+                )  # fmt: skip
                 chosen = {"experts": within}
             if not is_planned(file, planner, {layer.name for layer in layers}, chosen):
-                planner.plan(method, keep_layers=settings.kept, seed=seed, **choices, **chosen).save(file)
+                planned = planner.plan(
+                    method, keep_layers=settings.kept, seed=seed, export=job.export, **choices, **chosen
+                )
+                planned.save(file)
             jobs.append(replace(job, plan=file))
     return jobs
 

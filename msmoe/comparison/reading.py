@@ -37,6 +37,7 @@ class Run:
     examples: dict[str, np.ndarray]
     not_finite: tuple[str, ...]
     layer_loss: dict[str, float]
+    export: str = ""  # where the file names it
 
     def __str__(self) -> str:
         return f"{describe(self.key)}, seed {self.seed}"
@@ -56,6 +57,7 @@ class Comparison:
     groups: dict[Key, list[Run]]
     settings: dict
     budgets: dict[float, int]
+    export: str = ""  # of the methods that it can hold, where the file names it
 
     @property
     def mean_metric(self) -> str:
@@ -145,6 +147,7 @@ def read_fields(results: Field) -> Comparison:
         groups=dict(groups),
         settings=read_settings(results["settings"]),
         budgets={read_size(name, limit): limit.integer() for name, limit in budgets.items()} if budgets else {},
+        export="" if (export := results["settings"].get("export")) is None else export.text(),
     )
 
 
@@ -210,6 +213,7 @@ def read_run(cell: Field, tasks: Sequence[Task]) -> Run:
         examples={name: values for name, values in examples.items() if name not in broken},
         not_finite=broken,
         layer_loss={layer: loss.number() for layer, loss in losses.items()} if losses else {},
+        export="" if (export := cell.get("export")) is None else export.text(),
     )
 
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from msmoe.calibration.records import DataWarning, choose_records, read_records
 from msmoe.calibration.tokenization import tokenize_for
 from msmoe.calibration.tokenizer import tokenizer_digest
 from msmoe.checkpoint import Checkpoint
-from msmoe.comparison.budget import budget_bytes
+from msmoe.comparison.budget import REFERENCE, budget_bytes
 from msmoe.comparison.cells import Job, Task, cell_file, run_job
 from msmoe.comparison.cost import cost_file, run_cost, run_peak
+from msmoe.comparison.exports import export_of, settled_export
 from msmoe.comparison.fields import load_json
 from msmoe.comparison.keeping import keep, kept
 from msmoe.comparison.prepare import calibrate, plan_jobs
@@ -30,8 +32,8 @@ from msmoe.errors import UserError
 from msmoe.families import family_of
 from msmoe.files import locked, remove, write_whole
 from msmoe.places import check_apart
-from msmoe.planning.methods import METHODS, variant
-from msmoe.planning.planner import Planner, check_request, resolve_kept_layers
+from msmoe.planning.methods import METHODS, resolve, variant
+from msmoe.planning.planner import Planner, check_request, resolve_kept_layers, with_defaults
 from msmoe.planning.sizes import count_of
 from msmoe.strict_json import without_nan
 
@@ -82,7 +84,7 @@ def compare(
         cost: also measure FLOPs, speed and memory of every method at every size.
         progress: called with (cells done, cells in all, note).
         tell: called with a sentence for each damaged file of an earlier run that is made again or left out.
-        **options: any other attribute of `Settings`.
+        **options: any other attribute of `Settings`; the `export` of decoders is `native` by default.
 
     Returns:
         the content of `results.json`.
@@ -92,9 +94,10 @@ def compare(
     """
     if not set(listed(methods)) - set(REFERENCES):
         raise UserError("--methods names no method to compare with the references")
+    export = options.pop("export", None)
     settings = Settings(
         methods=tuple(dict.fromkeys([*REFERENCES, *listed(methods)])),
-        experts=numbers_of_experts(checkpoint, listed(experts), options.get("keep_layers")),
+        experts=numbers_of_experts(checkpoint, listed(experts), options.get("keep_layers"), export=export),
         seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
         recover_steps=listed(recover_steps),
         **options,
@@ -103,6 +106,7 @@ def compare(
     if "-" in (str(data), str(recover_data)):
         raise UserError("a comparison reads its data more than once: give a file in place of standard input")
     source = Checkpoint(checkpoint)
+    settings = replace(settings, export=settled_export(export, family_of(source)))
     check_methods(source, settings)
     files = task_files(list(listed(tasks)))
     out = Path(out)
@@ -178,7 +182,11 @@ def listed(values: Any) -> tuple:
 
 
 def numbers_of_experts(
-    checkpoint: str | Path, sizes: Sequence[float | str], keep_layers: Sequence[str] | None
+    checkpoint: str | Path,
+    sizes: Sequence[float | str],
+    keep_layers: Sequence[str] | None,
+    *,
+    export: str | None = None,
 ) -> tuple[float, ...]:
     """The sizes with a number in the place of every share; a checkpoint without shares is not opened."""
     if not any(isinstance(size, str) for size in sizes):
@@ -188,18 +196,26 @@ def numbers_of_experts(
     layers = family.layers(source)
     kept = resolve_kept_layers(family, layers, None if keep_layers is None else list(keep_layers))
     compressible = [layer for layer in layers if layer.name not in kept]
-    return tuple(count_of(str(size), compressible, METHODS["m-smoe"].defaults) for size in sizes)
+    choices = with_defaults(family, export or family.exports[0], {})
+    return tuple(count_of(str(size), compressible, resolve(REFERENCE, choices)) for size in sizes)
 
 
 def check_methods(source: Checkpoint, settings: Settings) -> None:
     """Raise `UserError` for a method that cannot have one of the sizes, whatever calibration will see."""
     family = family_of(source)
+    if settings.export == "native":
+        for size in settings.experts:
+            if not size.is_integer():
+                raise UserError(f"--export native needs whole numbers of --experts, got {size:g}")
+            check_request(
+                family, source, method=REFERENCE, export="native", router="fit", keep_layers=settings.kept, experts=size
+            )
     for label in settings.methods:
         method, choices = variant(label)
         for size in settings.experts if not METHODS[method].fixed else (None,):
             check_request(
-                family, source, method=method, export="exact", router="fit", keep_layers=settings.kept, experts=size,
-                **choices,
+                family, source, method=method, export=export_of(label, settings.export), router="fit",
+                keep_layers=settings.kept, experts=size, **choices,
             )  # fmt: skip
 
 
@@ -357,7 +373,10 @@ def collect(
         "tasks": {
             t.file.stem: {"metric": t.metric, "sha256": t.sha256, **about.get(t.file.stem, {})} for t in tasks
         },
-        "budgets": {f"{n:g}": budget_bytes(first, n, keep_layers=settings.kept) for n in settings.experts},
+        "budgets": {
+            f"{n:g}": budget_bytes(first, n, keep_layers=settings.kept, export=settings.export)
+            for n in settings.experts
+        },
         "cells": cells,
         "cost": costs,
     }  # fmt: skip

@@ -38,6 +38,7 @@ def summarise(results: dict) -> Summary:
         recover_steps=comparison.recover_steps,
         sizes=sizes,
         warnings=cautions(comparison, sizes, columns),
+        export=comparison.export,
     )
 
 
@@ -156,6 +157,7 @@ def make_row(method: str, place: float, comparison: Comparison, measured: dict[i
         average_kept=float(np.mean([run.average_kept for run in runs])),
         measurements=measured,
         layer_loss={layer: float(np.mean(values)) for layer, values in losses.items()},
+        export=runs[0].export,
     )
 
 

@@ -29,6 +29,7 @@ class Settings:
         max_examples: a seeded choice of so many examples per task.
         recovery: attributes of `RecoverOptions`, the same for every method.
         columns, device, dtype: as `msmoe.profile` and `msmoe.evaluate`; of the recovery too.
+        export: of methods that it can hold, see `export_of`; None for encoder-decoders.
     """
 
     methods: tuple[str, ...]
@@ -44,6 +45,7 @@ class Settings:
     columns: dict[str, str] | None = None
     device: str = "auto"
     dtype: str = "auto"
+    export: str | None = None
 
     def check(self) -> None:
         """Raise `UserError` for an unknown name or a value out of range."""
@@ -71,9 +73,9 @@ class Settings:
         return None if self.keep_layers is None else list(self.keep_layers)
 
     def describe(self) -> dict:
-        """The settings in `results.json`; columns, device and dtype where they are not the usual ones."""
+        """The settings in `results.json`; columns, device, dtype and export where they are not the usual ones."""
         every = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-        plain = {name for name in ("columns", "device", "dtype") if every[name] in (None, "auto")}
+        plain = {name for name in ("columns", "device", "dtype", "export") if every[name] in (None, "auto")}
         return {name: value for name, value in every.items() if name not in plain}
 
     @property

@@ -125,6 +125,7 @@ class Row:
         average_kept: experts stored per compressed layer, on average.
         measurements: recovery steps -> what was measured; at least one.
         layer_loss: layer -> loss per token above the full model with only this layer compressed, mean over seeds.
+        export: in which it was measured, where that is named.
     """
 
     method: str
@@ -132,6 +133,7 @@ class Row:
     average_kept: float
     measurements: dict[int, Measurement]
     layer_loss: dict[str, float]
+    export: str = ""
 
     @property
     def is_reference(self) -> bool:
@@ -212,6 +214,7 @@ class Summary:
     recover_steps: tuple[int, ...]
     sizes: tuple[Size, ...]
     warnings: tuple[str, ...]
+    export: str = ""
 
     @property
     def mean_tasks(self) -> tuple[Task, ...]:
@@ -260,6 +263,18 @@ class Summary:
         )
 
     @property
+    def exports_meaning(self) -> str:
+        """In which export the rows were measured."""
+        rows = [row for size in self.sizes for row in size.rows]
+        others = list(dict.fromkeys(row.method for row in rows if row.export not in ("", self.export)))
+        if not others:
+            return f"Checkpoints are {self.export} exports."
+        return (
+            f"Checkpoints are {self.export} exports, but for {', '.join(others)}, which {self.export} cannot hold: "
+            "these are exact, within the same bytes."
+        )
+
+    @property
     def legend(self) -> tuple[str, ...]:
         """What columns and marks mean, for below a table."""
         metric = "loss per token" if self.mean_metric == "loss" else "exact match"
@@ -270,6 +285,8 @@ class Summary:
             "intervals may still differ significantly. rank: 1 is best, averaged over all tasks, ties share theirs. "
             "Rows are sorted by the first mean. The best method of a column is bold; references are no candidates.",
         ]
+        if self.export:
+            lines.append(self.exports_meaning)
         trained = [str(steps) for steps in self.recover_steps if steps]
         if trained:
             lines.append(

@@ -38,6 +38,7 @@ from msmoe.layer.expert import Expert
 from msmoe.lowrank.options import SIZES, FactorOptions
 from msmoe.merge import RULES
 from msmoe.places import CHECKPOINT, check_place
+from msmoe.planning.limits import check_layers
 from msmoe.planning.plan import Plan
 from msmoe.planning.planner import predict
 from msmoe.planning.scores import mean_output
@@ -139,6 +140,8 @@ def apply(
     plan.parameters.check()
     choose("router", router, ROUTERS)
     export = choose("export", export or family.exports[0], EXPORTS)
+    planned = [layer for layer in family.layers(source) if layer.name in plan.layers]
+    check_layers(family, planned, plan.parameters, method=plan.method, export=export)
     plan = predict(family, source, plan, export=export)
     how = {
         "data": data, "export": export, "router": router, "max_shard_bytes": max_shard_bytes, "workers": workers,

@@ -6,25 +6,31 @@ from pathlib import Path
 from msmoe.planning.plan import Plan
 
 INHERITED = ("license", "license_name", "license_link", "language", "datasets")
-TAGS = ("msmoe", "mixture-of-experts", "model-compression", "text2text-generation")
+TAGS = ("msmoe", "mixture-of-experts", "model-compression")
+TEXT_TO_TEXT = "text2text-generation"  # the hub's older name for what encoder-decoders do
 
 STOCK_WARNING = """
 > Do not load it with `SwitchTransformersForConditionalGeneration`: that class has no place for experts that are shared.
 """
+DECODER_WARNING = """
+> Load it with `trust_remote_code=True`: the family's own class has no place for experts that are shared, and stops.
+"""
 
 
-def model_card(provenance: dict, plan: Plan | None, inherited: dict) -> str:
+def model_card(provenance: dict, plan: Plan | None, inherited: dict, *, causal: bool = False) -> str:
     """Write the README of a checkpoint.
 
     Args:
         provenance: content of its `msmoe.json`.
         plan: what was merged or removed; None where experts stayed as they were.
         inherited: metadata of the checkpoint that it was made from, see `source_metadata`.
+        causal: whether the model is decoder-only.
     """
     kind, source = provenance["export"], provenance["source"]
     counts, size = provenance["num_parameters"], provenance["bytes"]
+    warning = "" if kind != "exact" else DECODER_WARNING if causal else STOCK_WARNING
     return f"""---
-{metadata(inherited)}
+{metadata(inherited, causal=causal)}
 ---
 
 # {"Compressed" if plan else "Fine-tuned"} Mixture-of-Experts checkpoint
@@ -33,18 +39,19 @@ Made from a `{source["model_type"]}` checkpoint (fingerprint `{source["fingerpri
 {f"with method `{plan.method}`, " if plan else "with "}export `{kind}`: {counts["source"]:,} -> {counts["written"]:,}
 parameters, {size["source"]:,} -> {size["written"]:,} bytes of weights.
 
-{load_snippet(trusted=kind == "exact")}{STOCK_WARNING if kind == "exact" else ""}{plan_section(plan)}\
+{load_snippet(trusted=kind == "exact", causal=causal)}{warning}{plan_section(plan)}\
 {factor_section(provenance)}{recovery_section(provenance)}"""
 
 
-def metadata(inherited: dict) -> str:
+def metadata(inherited: dict, *, causal: bool = False) -> str:
     """YAML block of a card, without its fences.
 
-    `text-generation` is the hub's name for what encoder-decoders do as well; the older name is among the tags.
+    `text-generation` is the hub's name for what encoder-decoders do as well; the older name is among their tags.
     """
     from huggingface_hub import ModelCardData
 
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=list(TAGS), **inherited)
+    tags = [*TAGS] if causal else [*TAGS, TEXT_TO_TEXT]
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **inherited)
     return data.to_yaml()
 
 
@@ -82,14 +89,15 @@ def hub_id(folder: Path) -> str | None:
     return repository.removeprefix("models--").replace("--", "/")
 
 
-def load_snippet(*, trusted: bool) -> str:
+def load_snippet(*, trusted: bool, causal: bool = False) -> str:
     """Python that opens the checkpoint in plain transformers; runs as it stands in the checkpoint's folder."""
     trust = ", trust_remote_code=True" if trusted else ""
+    kind = "AutoModelForCausalLM" if causal else "AutoModelForSeq2SeqLM"
     return f"""```python
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import {kind}, AutoTokenizer
 
 path = "./"  # this folder, or its name on the hub
-model = AutoModelForSeq2SeqLM.from_pretrained(path{trust})
+model = {kind}.from_pretrained(path{trust})
 tokenizer = AutoTokenizer.from_pretrained(path)
 batch = tokenizer(["..."], return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**batch, max_new_tokens=20), skip_special_tokens=True))

@@ -229,7 +229,8 @@ def covered(reference: dict) -> frozenset[str]:
 def read_layer(family: Family, checkpoint: Checkpoint, name: str, num_stored: int) -> Layer:
     """A layer of an original, `exact` or `native` checkpoint; experts are read when asked for."""
     router = family.router(checkpoint, name)
-    assert router is not None
+    if router is None:
+        raise UserError(f"the outputs of {name} cannot be computed from files alone: its router cannot be asked")
     exact, constants = family.is_exact(checkpoint), family.constants_key(checkpoint, name)
     return Layer(
         router=router,

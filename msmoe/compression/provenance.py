@@ -202,4 +202,5 @@ def write_files(
     if plan is not None:
         writer.write_text("plan.json", plan.to_json())
     writer.write_text("msmoe.json", json.dumps(without_nan(provenance), indent=1, allow_nan=False) + "\n")
-    writer.write_text("README.md", model_card(provenance, plan, source_metadata(source.path)))
+    card = model_card(provenance, plan, source_metadata(source.path), causal=is_causal(source.config))
+    writer.write_text("README.md", card)

@@ -7,12 +7,14 @@ import sys
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 
 def main() -> None:
     checkpoint, batch_file, logits_file = sys.argv[1:]
-    model = AutoModelForSeq2SeqLM.from_pretrained(
+    is_seq2seq = AutoConfig.from_pretrained(checkpoint, trust_remote_code=True).is_encoder_decoder
+    kind = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
+    model = kind.from_pretrained(
         checkpoint, trust_remote_code=True, attn_implementation="eager", dtype=torch.float32
     ).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
@@ -20,14 +22,13 @@ def main() -> None:
     batch = load_file(batch_file)
     with torch.inference_mode():
         logits = model(**batch).logits
-        written = model.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=8, do_sample=False
-        )
     save_file({"logits": logits.contiguous()}, logits_file)
-    for source, text in zip(
-        batch["input_ids"][:3], tokenizer.batch_decode(written, skip_special_tokens=True), strict=False
-    ):
-        print(f"{tokenizer.decode(source, skip_special_tokens=True)[:90]!r} -> {text.strip()!r}")
+    for source, labels in zip(batch["input_ids"][:3], batch["labels"][:3], strict=True):
+        prompt = source if is_seq2seq else source[: int((labels >= 0).nonzero()[0])]
+        with torch.inference_mode():
+            written = model.generate(input_ids=prompt[None], max_new_tokens=8, do_sample=False)[0]
+        text = tokenizer.decode(written if is_seq2seq else written[len(prompt) :], skip_special_tokens=True)
+        print(f"{tokenizer.decode(prompt, skip_special_tokens=True)[:90]!r} -> {text.strip()!r}")
 
 
 main()

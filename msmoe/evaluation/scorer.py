@@ -88,7 +88,7 @@ class Scorer:
     @cached_property
     def labels(self) -> list[str]:
         """The task's labels, ascending; none where no metric is about labels."""
-        if not {"accuracy", "macro_f1"} & set(self.metrics):
+        if self.task.choices or not {"accuracy", "macro_f1"} & set(self.metrics):
             return []
         return sorted(set(self._canonicals(self.task.every_target)))
 

@@ -14,6 +14,11 @@ def find_family(checkpoint: Checkpoint) -> Family | None:
     return next((family for family in FAMILIES if family.owns(checkpoint)), None)
 
 
+def drops_tokens(model_type: str | None) -> bool:
+    """Whether tokens over an expert's capacity are dropped: in Switch Transformers, and where nothing is said."""
+    return model_type in (None, SwitchFamily.model_type, SwitchFamily.compressed_model_type)
+
+
 def family_of(checkpoint: Checkpoint) -> Family:
     """Adapter of a checkpoint that can be compressed.
 
@@ -44,4 +49,4 @@ def inspectable_family_of(checkpoint: Checkpoint) -> Family:
     return family
 
 
-__all__ = ["FAMILIES", "Family", "MoELayer", "family_of", "find_family", "inspectable_family_of"]
+__all__ = ["FAMILIES", "Family", "MoELayer", "drops_tokens", "family_of", "find_family", "inspectable_family_of"]

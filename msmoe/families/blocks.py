@@ -14,10 +14,11 @@ from msmoe.errors import UserError
 from msmoe.families.axes import Axis, count_fields, expert_axes, with_count
 from msmoe.families.skeletons import parse_config, skeleton
 from msmoe.families.special import EXPERT_NUMBERS, Calls, Held, special_of
-from msmoe.layer.expert import Activation
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from msmoe.layer.expert import Activation
 
 TOP_K_FIELD = re.compile(r"top_k|moe_topk|moe_k|moe_top_k|num_experts_per_tok(en)?|top_k_experts")
 COUNT_ATTRIBUTES = ("num_experts", "num_routed_experts", "num_local_experts")
@@ -66,7 +67,13 @@ class Block:
         """Why its router cannot be asked about tokens alone; "" where it can."""
         if self.numbers:
             return "it looks experts up by token number"
-        return self.special.why_no_router
+        return self.special.why_no_router or ("" if self.router else "no one matrix makes its scores")
+
+    @property
+    def why_unseen(self) -> str:
+        """Why the outputs of its experts cannot be recorded; "" where they can."""
+        seen = not self.special.hears_router or (self.special.repeats and self.top_k == 1)
+        return "" if seen else "its experts are not called with choices"
 
 
 def blocks_of(config: dict, place: str = "config.json") -> tuple[Block, ...]:
@@ -160,6 +167,8 @@ def groups_of(block: nn.Module) -> int:
 
 def activation_of(experts: nn.Module, special: Calls, num_inputs: int) -> Activation:
     """The hidden activation of an experts module, as a function of the pre-activations of its input matrices."""
+    from msmoe.layer.expert import Activation
+
     gate = getattr(experts, "_apply_gate", None)
     own = gate is not None and gate.__func__.__module__ != "transformers.integrations.moe"
     function = next(

@@ -96,6 +96,8 @@ class Discovery:
             num_groups=block.num_groups,
             merges=alone,
             refits=alone or ("a norm follows each expert" if block.normed else ""),
+            unseen=block.why_unseen,
+            unasked=block.why_no_router,
         )
 
     @cached_property

@@ -145,7 +145,7 @@ class GenericFamily:
 
         found = self.discover(checkpoint)
         block = found.block(layer)
-        if block.why_no_router or not block.router:
+        if block.why_no_router:
             return None
         weights = found.router_weights(checkpoint, block)
         return ModuleRouter(block, weights, lambda count: found.skeleton(count))
@@ -215,6 +215,7 @@ class GenericFamily:
                 entry["factors"] = {matrix: list(sizes) for matrix, sizes in factors.items()}
             if constants := (shape.num_constants or {}).get(block.name):
                 entry["constants"] = constants
+            check_stored(found.model, block, entry)
             blocks[block.name] = entry
             if number := re.search(r"\.(\d+)(\.|$)", block.name):
                 key = fields_of(config, found.place)[0][-1]
@@ -272,11 +273,14 @@ class GenericFamily:
         return listen_to(model, blocks_in(model), hear)
 
     def expert_outputs(self, model: nn.Module) -> ExpertOutputs:
-        """Nowhere in families that do not call experts with their choices."""
+        """Nowhere in families that call experts neither with their choices nor with every token."""
         from msmoe.layer.routing import ExpertOutputs
 
-        heard = [block for block in blocks_in(model) if not block.special.hears_router]
-        return ExpertOutputs(calls={block.name: model.get_submodule(block.experts) for block in heard})
+        seen = [block for block in blocks_in(model) if not block.why_unseen]
+        repeats = {block.name: block.num_experts for block in seen if block.special.repeats}
+        modules = {block.name: model.get_submodule(block.experts) for block in seen}
+        calls = {name: module for name, module in modules.items() if name not in repeats}
+        return ExpertOutputs(calls, {name: modules[name] for name in repeats}, repeats)
 
     def layer_output(self, outputs: Any) -> Tensor:
         return outputs[0] if isinstance(outputs, tuple) else outputs
@@ -292,6 +296,16 @@ def blocks_in(model: Any) -> tuple[Block, ...]:
     """MoE blocks of a model in memory, found by its configuration."""
     config = original_config(json.loads(json.dumps(model.config.to_dict(), default=str)))
     return blocks_of(config | {"architectures": [type(model).__name__]})
+
+
+def check_stored(model: nn.Module, block: Block, entry: dict) -> None:
+    """Raise `UserError` for factors or mean outputs that the experts of a block cannot have in an `exact` export."""
+    from msmoe.formats.modeling.modeling_msmoe_decoder import kind_of
+
+    try:
+        kind_of(model.get_submodule(block.experts), entry)
+    except ValueError as error:
+        raise UserError(f"--export exact: {error}") from None
 
 
 def check_rows(block: Block, kept: Sequence[int]) -> None:

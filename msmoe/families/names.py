@@ -195,7 +195,8 @@ class DiskNames:
                 continue
             first = offset * num_experts
             counts = num_experts, total, origin.num_targets
-            stacks.append(self._numbered(keys, part, checkpoint, first, *counts, offset))
+            number = number_of(keys, pattern or "")
+            stacks.append(self._numbered(keys, part, checkpoint, number, first, *counts, offset))
         return tuple(stacks)
 
     def _fused(self, key: str, held: Held, axis: Axis, checkpoint: Checkpoint, total: int) -> StoredStack:
@@ -220,13 +221,13 @@ class DiskNames:
         keys: list[str],
         held: Held,
         checkpoint: Checkpoint,
+        number: int,
         first: int,
         num_experts: int,
         total: int,
         num_targets: int,
         offset: int,
     ) -> StoredStack:
-        number = number_of(keys)
         by_number = {int(NUMBER.fullmatch(key.split(".")[number])[2]): key for key in keys}
         wanted = range(first, first + total)
         missing = [n for n in wanted if n not in by_number]
@@ -250,9 +251,14 @@ def targets_of(name: str, rule: Any) -> list[str]:
     return [name, *(name.replace(first, other) for other in others)]
 
 
-def number_of(keys: list[str]) -> int:
-    """Position, among the dotted parts of some names, of the one number in which they differ."""
+def number_of(keys: list[str], pattern: str) -> int:
+    """Position, among the dotted parts of some names, of the one number in which they differ.
+
+    Args:
+        pattern: that all of them match, with a star in the place of the number: it tells where a single one has it.
+    """
     pieces = [key.split(".") for key in keys[:2]]
-    if len(pieces) == 1:
-        return max(i for i, piece in enumerate(pieces[0]) if NUMBER.fullmatch(piece))
-    return next(i for i, pair in enumerate(zip(*pieces, strict=True)) if pair[0] != pair[1])
+    if len(pieces) > 1:
+        return next(i for i, pair in enumerate(zip(*pieces, strict=True)) if pair[0] != pair[1])
+    behind = pattern.replace("\\", "").rstrip("$").rpartition("*")[2]
+    return keys[0][: keys[0].rindex(behind)].count(".")

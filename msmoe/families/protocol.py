@@ -37,6 +37,8 @@ class MoELayer:
         num_groups: groups in which a group-limited router keeps the same number of experts; else 1.
         merges: "" where experts can be merged, else why not.
         refits: "" where an expert's output can be solved for, else why not.
+        unseen: "" where the outputs of the experts can be recorded, else why not.
+        unasked: "" where the router can be asked about tokens without the model, else why not.
     """
 
     name: str
@@ -49,6 +51,8 @@ class MoELayer:
     num_groups: int = 1
     merges: str = ""
     refits: str = ""
+    unseen: str = ""
+    unasked: str = ""
 
     @property
     def front(self) -> str:

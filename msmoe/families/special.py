@@ -38,10 +38,12 @@ class Calls:
 
     Attributes:
         hears_router: whether the choice is heard at the output of the router module, in place of the experts' call.
+        repeats: whether the experts are called with every token once for each of them, the weights in the inputs.
         why_no_router: why a router cannot be asked about tokens alone; "" where it can.
     """
 
     hears_router = False
+    repeats = False
     why_no_router = ""
 
     def is_experts(self, module: nn.Module) -> bool:
@@ -109,6 +111,7 @@ class Llama4(Calls):
     """Llama 4: the experts get all tokens E times over, scaled by a score that is 0 off the chosen expert."""
 
     hears_router = True
+    repeats = True
     why_no_router = "its weights multiply what goes into the experts"
 
     def is_experts(self, module: nn.Module) -> bool:

@@ -70,7 +70,10 @@ def forecast(
     fitted, held_out = split_records(stats, gradients_first="output gradients" not in parameters.needs)
     planner = Planner(checkpoint, fitted)
     layers = planner.compressible(keep_layers)
-    sizes = check_sizes(sizes, min((layer.num_experts for layer in layers), default=1))
+    num_experts = min((layer.num_experts for layer in layers), default=1)
+    if sizes is None and parameters.loses_rows and planner.family.is_causal:
+        sizes = [n for n in default_sizes(num_experts) if n in planner.family.counts(planner.source)]
+    sizes = check_sizes(sizes, num_experts)
     choices |= {"budget": "uniform"}
     plans = [planner.decide(name, keep_layers=keep_layers, experts=size, **choices) for size in sizes]
     num_targets = target_tokens(planner, stats)

@@ -51,10 +51,12 @@ class ExpertOutputs:
     Attributes:
         calls: called as `experts(inputs, chosen, weights)`, (T, D), (T, K) and (T, K), giving the weighted sum (T, D).
         layers: give the output of the one expert that a token chose times its weight, and nothing else.
+        repeats: of those that are called with all tokens several times over, how often; their outputs add up.
     """
 
     calls: dict[str, nn.Module] = field(default_factory=dict)
     layers: dict[str, nn.Module] = field(default_factory=dict)
+    repeats: dict[str, int] = field(default_factory=dict)
 
 
 class Router(Protocol):

@@ -21,6 +21,7 @@ from msmoe.families import Family, MoELayer, family_of
 from msmoe.formats.build import EXPORTS, build_export, check_computed
 from msmoe.lowrank.choose import check_budget, check_rank, expert_bytes, fixed_shapes
 from msmoe.planning.grouping import REAM_CAPACITY, assign_to_kept, dominant_experts, group_counts, group_experts
+from msmoe.planning.limits import check_layers
 from msmoe.planning.methods import METHODS, REROUTING, check_statistics, resolve
 from msmoe.planning.parameters import Parameters
 from msmoe.planning.plan import Group, LayerPlan, Plan
@@ -132,7 +133,7 @@ class Planner:
         **choices,
     ) -> Plan:
         """The plan without the size that it will have."""
-        request = self._request(method, keep_layers, seed, round_to, choices)
+        request = self._request(method, keep_layers, seed, round_to, choices, export)
         check_held(self.family, self.source, export, request.counts.values(), request.parameters)
         num_groups = {layer.name: layer.num_groups for layer in self.layers}
         planned, notes = {}, {}
@@ -160,7 +161,8 @@ class Planner:
         Raises:
             UserError: as `plan`, and for factors whose sizes follow from the merged weights.
         """
-        request = self._request(method, keep_layers, seed, round_to, choices)
+        choices = with_defaults(self.family, export, choices)
+        request = self._request(method, keep_layers, seed, round_to, choices, export)
         counts = {name: (self.stats.layers[name].num_experts, count) for name, count in request.counts.items()}
         return sketched_bytes(self.family, self.source, method, request.parameters, counts, export=export)
 
@@ -175,11 +177,12 @@ class Planner:
         return [layer for layer in self.layers if layer.name not in kept]
 
     def _request(
-        self, method: str, keep_layers: list[str] | None, seed: int, round_to: int, choices: dict
+        self, method: str, keep_layers: list[str] | None, seed: int, round_to: int, choices: dict, export: str
     ) -> "Request":
         """Check what is asked for, score the experts and spread the budget."""
         parameters = resolve(method, choices)
         layers = self.compressible(keep_layers)
+        check_layers(self.family, layers, parameters, method=method, export=export)
         parameters = rounded(with_rank_that_fits(parameters, choices, layers), round_to, layers)
         for layer in layers:
             check_statistics(parameters, method, self.stats.layers[layer.name])
@@ -253,6 +256,7 @@ def check_request(
     held = held_counts(family, checkpoint, export, round_to)
     settled, _ = settle(method, choices, compressible, checkpoint.num_bytes, predicted, counts=held)
     parameters, counts = counted(settled)
+    check_layers(family, compressible, parameters, method=method, export=export)
     if parameters.factors is not None:
         check_rank(parameters.factors, list(zip(compressible, counts, strict=True)))
         if export == "dense" or (export == "native" and parameters.factors.is_budget):
@@ -550,9 +554,9 @@ def select_experts(
     sample = sample.select(interleaved(sample.expert[:, 0], view.num_experts))
     weights = sample.weights(view.stats.dispatched).numpy()
     if sample.top_k == 1:
-        routed: Routes = logit_routes(view.router.logits(sample.routed_on).double().numpy())
+        routed: Routes = logit_routes(view.asked.logits(sample.routed_on).double().numpy())
     else:
-        routed = router_routes(view.router, sample.routed_on)
+        routed = router_routes(view.asked, sample.routed_on)
     return list(progressive_subset(routed, view.num_experts, weights, count)), ""
 
 
@@ -562,7 +566,7 @@ def subset_errors(view: LayerView) -> SubsetErrors | RoutedSubsetErrors:
     if not len(out.products):
         arrays = (out.logits, out.inner, out.square, out.target, out.weights)
         return SubsetErrors(*(a.numpy() for a in arrays))
-    return RoutedSubsetErrors(view.router, out.routed_on, out.inner, out.products, out.target, out.weights.numpy())
+    return RoutedSubsetErrors(view.asked, out.routed_on, out.inner, out.products, out.target, out.weights.numpy())
 
 
 def interleaved(expert: Tensor, num_experts: int) -> Tensor:

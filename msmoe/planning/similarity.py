@@ -33,14 +33,14 @@ class LayerView:
 
     Attributes:
         stats: sums of the layer.
-        router: of the layer.
+        router: of the layer; None where it cannot be asked about tokens alone.
         expert: loads one expert, float32.
         seed: for the `random` basis.
         cache: what was computed already; shared by views of one layer that differ in their seed.
     """
 
     stats: LayerStats
-    router: Router
+    router: Router | None
     expert: Callable[[int], Expert]
     seed: int = 0
     cache: dict[Any, Any] = field(default_factory=dict)
@@ -50,10 +50,21 @@ class LayerView:
         return self.stats.num_experts
 
     @property
+    def asked(self) -> Router:
+        """The router, for what cannot do without.
+
+        Raises:
+            UserError: where it cannot be asked about tokens alone.
+        """
+        if self.router is None:
+            raise UserError("the router of the layer cannot be asked about tokens alone")
+        return self.router
+
+    @property
     def outputs(self) -> LayerOutputs:
         """What all experts make of the same tokens."""
         if "outputs" not in self.cache:
-            self.cache["outputs"] = layer_outputs(self.stats, self.router, self.expert)
+            self.cache["outputs"] = layer_outputs(self.stats, self.asked, self.expert)
         return self.cache["outputs"]
 
     def experts(self) -> Iterator[Expert]:
@@ -118,7 +129,7 @@ def router_logits(view: LayerView, metric: Metric) -> Tensor:
 
 
 def router_weight(view: LayerView, metric: Metric) -> Tensor:
-    return vector_similarity(view.router.rows, metric=metric)
+    return vector_similarity(view.asked.rows, metric=metric)
 
 
 def weight(view: LayerView, metric: Metric) -> Tensor:
@@ -151,7 +162,7 @@ def weight_feature(view: LayerView, metric: Metric) -> Tensor:
 
 
 def router_weight_feature(view: LayerView, metric: Metric) -> Tensor:
-    return vector_similarity(view.router.rows.double() * view.stats.input_square_sum.sum(0).sqrt(), metric=metric)
+    return vector_similarity(view.asked.rows.double() * view.stats.input_square_sum.sum(0).sqrt(), metric=metric)
 
 
 def gradient(view: LayerView, metric: Metric) -> Tensor:
@@ -238,7 +249,7 @@ def hidden_correlation(view: LayerView, value: Callable[[Tensor], float]) -> Ten
 
 
 def random(view: LayerView, metric: Metric) -> Tensor:
-    rng = np.random.default_rng([view.seed, view.num_experts, *view.router.rows.shape])
+    rng = np.random.default_rng([view.seed, *view.stats.input_sum.shape])
     return finish(torch.from_numpy(np.tril(rng.random((view.num_experts,) * 2)) * 2))
 
 
@@ -266,7 +277,8 @@ BASES: dict[str, Callable[[LayerView, Metric], Tensor]] = {
 def similarity(view: LayerView, *, base: str = "router-logits", metric: Metric = "cosine") -> Tensor:
     """Similarity (E, E) of a layer's experts, float64, symmetric, diagonal 1, in [0, 1].
 
-    Experts whose vector is zero under the base (they saw no token) are compared by their router rows.
+    Experts whose vector is zero under the base (they saw no token) are compared by their router rows, where there are
+    any.
 
     Args:
         base: a key of `BASES`.
@@ -280,7 +292,7 @@ def similarity(view: LayerView, *, base: str = "router-logits", metric: Metric =
         return view.cache[base, metric]
     result = BASES[base](view, metric)
     undefined = (result - torch.eye(len(result))).abs().sum(1) == 0
-    if undefined.any() and len(result) > 1 and base != "router-weight":
+    if undefined.any() and len(result) > 1 and base != "router-weight" and view.router is not None:
         fallback = router_weight(view, metric)
         either = undefined[:, None] | undefined[None, :]
         result = torch.where(either, fallback, result)

@@ -117,6 +117,15 @@ def factorize_in_place(model: Any, rank: int, keep_rows: float, *, skip: Sequenc
     return shapes
 
 
+def check_prunable(source: Checkpoint, family: Family | None, options: RecoverOptions) -> None:
+    """Raise `UserError` where rows are to be pruned from the experts of a decoder."""
+    if family is not None and family.is_causal and (options.rank is not None or options.keep_rows is not None):
+        raise UserError(
+            f"--rank and --keep-rows prune encoder-decoders only, and {source.path} is a decoder: factorise it with "
+            "`msmoe factorize --rank --keep-rows`, then recover the result"
+        )
+
+
 def factorize_student(source: Checkpoint, family: Family | None, model: Any, options: RecoverOptions) -> dict:
     """Factors of dense experts for gradual pruning, where asked for; see `factorize_in_place`.
 

@@ -1,13 +1,18 @@
 """Write a trained checkpoint: the student's own, with the tensors that moved."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from msmoe.checkpoint import Checkpoint, TensorSpec
 from msmoe.checkpoint.writer import CheckpointWriter
 from msmoe.compression.provenance import read_provenance, write_recovery_metadata
+from msmoe.errors import UserError
 from msmoe.families import Family
+from msmoe.families.stored_names import stored_tensors
 from msmoe.formats.layout import Copy, Layout
 from msmoe.formats.verify import check_written
 from msmoe.layer.stored import Place
@@ -28,7 +33,7 @@ def write_recovered(
     """Write the student with some tensors replaced, in the dtypes of the student.
 
     Args:
-        tensors: name -> new content; a shape may differ from the student's.
+        tensors: name on disk -> new content; a shape may differ from the student's.
         recovery: what was done, for `msmoe.json`.
         log: metrics of the run; a copy goes into the checkpoint.
         factors: layer -> matrix -> shape of factors that the student does not have; their tensors take the place of
@@ -76,6 +81,32 @@ def write_recovered(
                 writer.write(spec.name, tensors[spec.name])
         write_recovery_metadata(writer, layout, source, family, plan, recovery=recovery, log=log)
     return layout.num_parameters, layout.num_bytes
+
+
+def check_plain(source: Checkpoint) -> None:
+    """Raise `UserError` for quantised weights, which training cannot move."""
+    if source.config.get("quantization_config") is not None:
+        raise UserError(f"{source.path} is quantised: recover a checkpoint with plain weights, such as BF16")
+
+
+def check_stored(source: Checkpoint, model: Any, trained: Iterable[str], *, new: dict) -> None:
+    """Check before the training that what it moves can be written in the place of the student's own tensors.
+
+    Args:
+        trained: names of parameters; new: layers whose tensors are new, see `write_recovered`.
+
+    Raises:
+        UserError: naming a tensor that the student does not store like this.
+    """
+    state = model.state_dict()
+    moved = stored_tensors(model, source, {name: torch.empty_like(state[name], device="meta") for name in trained})
+    for name, tensor in moved.items():
+        is_new = any(name.startswith(layer + ".") for layer in new)
+        if name in source and source.spec(name).shape != tuple(tensor.shape) and not is_new:
+            raise UserError(f"{source.path}: {name} would be written as {list(tensor.shape)}, the student stores "
+                            f"{list(source.spec(name).shape)}")  # fmt: skip
+    if not any(name in source for name in moved) and not new:
+        raise UserError(f"{source.path} stores none of the tensors to train, such as {next(iter(moved), 'none')}")
 
 
 def carried_plan(source: Checkpoint) -> Plan | None:

@@ -29,6 +29,7 @@ from msmoe.compression.provenance import read_provenance
 from msmoe.errors import UserError
 from msmoe.families import find_family
 from msmoe.families.loading import load
+from msmoe.families.stored_names import stored_tensors
 from msmoe.files import explain_os_errors
 from msmoe.places import CHECKPOINT, check_place
 from msmoe.recovery.data import BatchOrder, load_split, num_targets
@@ -37,8 +38,8 @@ from msmoe.recovery.log import MetricsLog
 from msmoe.recovery.loss import TeacherOutput, cross_entropy, distillation, hidden_distance
 from msmoe.recovery.options import RecoverOptions
 from msmoe.recovery.placing import accelerator
-from msmoe.recovery.pruning import RowPruner, factorize_student, row_pruners, rows_kept
-from msmoe.recovery.save import carried_plan, write_recovered
+from msmoe.recovery.pruning import RowPruner, check_prunable, factorize_student, row_pruners, rows_kept
+from msmoe.recovery.save import carried_plan, check_plain, check_stored, write_recovered
 from msmoe.recovery.state import load_tensors, optimizer_tensors, restore, save_tensors
 from msmoe.recovery.student import (
     adamw,
@@ -83,6 +84,8 @@ class Trainer:
             if cache_teacher and options.hidden_weight:
                 raise UserError("--cache-teacher keeps no hidden states: drop it, or --hidden-weight")
         self.family = find_family(self.source)
+        check_prunable(self.source, self.family, options)
+        check_plain(self.source)
         read_provenance(self.source)  # damage is found before the training, not after it
         carried_plan(self.source)
         self.train_records, self.held_out = load_split(self.source, data, validation, options)
@@ -133,6 +136,7 @@ class Trainer:
         self.new_factors = factorize_student(self.source, self.family, model, options)
         self.model = model
         self.parameters = trainable_parameters(model, self.family, options.train)
+        check_stored(self.source, model, self.parameters, new=self.new_factors)
         self.optimizer: Any = adamw(self.parameters, options)
         self.pruners = row_pruners(model, options)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, self.optimizer)
@@ -392,6 +396,7 @@ class Trainer:
                 pruner.kept = best.pop(f"kept/{name}").bool()
                 best[f"{name}.S"], best[f"{name}.rows"] = pruner.compact(best[f"{name}.S"])
             best |= {alias: best[name] for alias, name in aliases(self.model).items() if name in best}
+            best = stored_tensors(self.model, self.source, best)
             sizes = write_recovered(
                 self.source, self.out, best, self.family, recovery=self.describe(),
                 log=self.folder / "metrics.jsonl", force=self.force, factors=self.new_factors,

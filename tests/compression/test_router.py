@@ -5,6 +5,7 @@ import torch
 from tiny import LAYERS, layer_plan, load_tensors
 
 from msmoe.compression.router import fit_rows, measure, reduce_router
+from msmoe.layer.routing import SoftmaxTop1
 from msmoe.planning.plan import Group, LayerPlan
 
 LAYER = LAYERS[1]
@@ -18,7 +19,9 @@ def rows(switch):
 
 @pytest.fixture(scope="module")
 def fits(rows, stats):
-    return {kind: reduce_router(kind, rows, PLAN, stats.layers[LAYER]) for kind in ("dominant", "mean", "fit")}
+    return {
+        kind: reduce_router(kind, SoftmaxTop1(rows), PLAN, stats.layers[LAYER]) for kind in ("dominant", "mean", "fit")
+    }
 
 
 def test_dominant_rows_are_those_of_the_dominant_experts_in_stored_order(rows, fits):
@@ -29,7 +32,7 @@ def test_mean_rows_are_weighted_by_the_group():
     rows = torch.tensor([[4.0, 0.0], [0.0, 8.0], [2.0, 2.0]])
     plan = LayerPlan(3, (Group(2, (2,), (1.0,)), Group(0, (0, 1), (0.75, 0.25))))
     # group of expert 0 comes first: 0.75 * (4, 0) + 0.25 * (0, 8)
-    assert reduce_router("mean", rows, plan, None).rows.tolist() == [[3.0, 2.0], [2.0, 2.0]]
+    assert reduce_router("mean", SoftmaxTop1(rows), plan, None).rows.tolist() == [[3.0, 2.0], [2.0, 2.0]]
 
 
 def test_agreement_is_the_weighted_share_of_held_out_tokens_sent_to_their_group(fits, stats):
@@ -74,19 +77,19 @@ def test_the_fit_never_sees_the_held_out_tokens(rows, stats, fits):
     layer = stats.layers[LAYER]
     sample = layer.tokens()
     garbled = replace(sample, gate=torch.where(sample.held_out, torch.rand(len(sample)), sample.gate[:, 0])[:, None])
-    again = reduce_router("fit", rows, PLAN, replace(layer, sample=garbled))
+    again = reduce_router("fit", SoftmaxTop1(rows), PLAN, replace(layer, sample=garbled))
     assert torch.equal(again.rows, fits["fit"].rows)
 
 
 def test_the_fit_is_the_same_twice(rows, stats, fits):
-    assert torch.equal(reduce_router("fit", rows, PLAN, stats.layers[LAYER]).rows, fits["fit"].rows)
+    assert torch.equal(reduce_router("fit", SoftmaxTop1(rows), PLAN, stats.layers[LAYER]).rows, fits["fit"].rows)
 
 
 def test_without_statistics_the_quality_is_unknown(rows):
-    result = reduce_router("dominant", rows, PLAN, None)
+    result = reduce_router("dominant", SoftmaxTop1(rows), PLAN, None)
     assert result.agreement != result.agreement  # NaN
 
 
 def test_one_group_takes_every_token_at_gate_one(rows, stats):
-    result = reduce_router("dominant", rows, layer_plan(6, [3, 0, 1, 2, 4, 5]), stats.layers[LAYER])
+    result = reduce_router("dominant", SoftmaxTop1(rows), layer_plan(6, [3, 0, 1, 2, 4, 5]), stats.layers[LAYER])
     assert result.agreement == pytest.approx(1)

@@ -177,6 +177,8 @@ def write_exact(
                 spec.setdefault("factors", {})[key.removeprefix(f"{experts}.")] = list(factors)
                 state |= {f"{key}.{name}": part.to(torch.int32 if name == "rows" else dtype) for name, part in parts}
                 del state[key]
+                if family == "gpt_oss" and key.endswith("gate_up_proj"):  # gate above up; in turns in the module
+                    dense = dense.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
                 matrices = (dense.mT if transposed else dense)[:, None].to(dtype)
             else:
                 state[key] = selected(state[key], axes[key], stored)

@@ -6,10 +6,11 @@ from fractions import Fraction
 import altair as alt
 import pandas as pd
 from msmoe.analysis.report.artefacts import Artefacts, CheckpointFolder
-from msmoe.analysis.report.charts import BLUE, GREEN, GREY
+from msmoe.analysis.report.charts import BLUE, GREEN, GREY, stack_of
 from msmoe.analysis.report.document import Block, Fact, Facts, Figure, Note, Section
 
 from msmoe.calibration.usage import layer_frame
+from msmoe.families import drops_tokens
 from msmoe.units import human_bytes
 
 SHARES = {"half": Fraction(1, 2), "a quarter": Fraction(1, 4), "an eighth": Fraction(1, 8)}
@@ -37,7 +38,8 @@ def section(artefacts: Artefacts, say: Callable[[str], None]) -> Section | None:
 def model_blocks(artefacts: Artefacts) -> list[Block]:
     sizes = size_frame(artefacts)
     facts = [*model_facts(artefacts), *usage_facts(artefacts), *size_facts(sizes)]
-    figures = [size_figure(sizes)] if len(sizes) > 1 else []
+    kept = any(stack_of(name) == "encoder" for name in artefacts.layers)
+    figures = [size_figure(sizes, kept=kept)] if len(sizes) > 1 else []
     return [Facts(tuple(facts)), *figures, *notes(artefacts)]
 
 
@@ -64,6 +66,8 @@ def usage_facts(artefacts: Artefacts) -> list[Fact]:
     total, used = int(layers.num_experts.sum()), int(layers.used.sum())
     dropped, tokens = int(layers.dropped.sum()), int(layers.num_tokens.sum())
     digest = str(stats.data.get("sha256", ""))[:12]
+    over = f"{dropped:,} of {tokens:,} over capacity, all layers"
+    has_capacity = drops_tokens(stats.checkpoint.get("model_type"))
     return [
         Fact(
             "Calibration data",
@@ -73,9 +77,7 @@ def usage_facts(artefacts: Artefacts) -> list[Fact]:
         Fact("Used experts", f"{used:,} of {total:,}", "saw at least one token"),
         Fact("Dead experts", f"{total - used:,}", "saw no token"),
         Fact("Cold experts", f"{int(layers.cold.sum()):,}", "less than a tenth of an equal share"),
-        Fact(
-            "Dropped tokens", f"{dropped / max(tokens, 1):.2%}", f"{dropped:,} of {tokens:,} over capacity, all layers"
-        ),
+        *([Fact("Dropped tokens", f"{dropped / max(tokens, 1):.2%}", over)] if has_capacity else []),
     ]
 
 
@@ -121,7 +123,13 @@ def size_facts(sizes: pd.DataFrame) -> list[Fact]:
     ]  # what was written stands in the figure
 
 
-def size_figure(sizes: pd.DataFrame) -> Figure:
+def size_figure(sizes: pd.DataFrame, *, kept: bool) -> Figure:
+    """Bars of bytes.
+
+    Args:
+        kept: whether merging leaves the first MoE layer of an encoder alone, as it does by default.
+    """
+    left = " (the first MoE layer of the encoder kept)" if kept else ""
     base = alt.Chart(sizes).encode(y=alt.Y("what:N", title=None, sort=None))
     bars = base.mark_bar(height=BAR - 8).encode(
         x=alt.X("bytes:Q", title="weights on disk", axis=alt.Axis(labelExpr=BYTES, tickCount=6)),
@@ -138,8 +146,8 @@ def size_figure(sizes: pd.DataFrame) -> Figure:
     return Figure(
         "glance-sizes",
         "Size",
-        "Bytes of weights on disk: now, predicted for merging to a share of the experts (the first MoE layer of the "
-        "encoder kept), and of what was written. What merging cannot take away is everything but experts.",
+        f"Bytes of weights on disk: now, predicted for merging to a share of the experts{left}, and of what was "
+        "written. What merging cannot take away is everything but experts.",
         (bars + labels).properties(width="container", height=BAR * len(sizes)),
     )
 

@@ -6,11 +6,12 @@ import altair as alt
 import numpy as np
 import pandas as pd
 from msmoe.analysis.report.artefacts import Artefacts
-from msmoe.analysis.report.charts import BLUE, GREY, ORANGE, SEQUENTIAL, choice, short_names, stack_of
+from msmoe.analysis.report.charts import BLUE, GREY, ORANGE, SEQUENTIAL, choice, short_names, stack_legend, stack_of
 from msmoe.analysis.report.document import Column, Figure, Note, Section, Table
 
 from msmoe.calibration.stats import Stats
 from msmoe.calibration.usage import COLD, layer_frame
+from msmoe.families import drops_tokens
 
 MEASURES = {
     "routed": "routed tokens",
@@ -30,17 +31,21 @@ def section(artefacts: Artefacts, say: Callable[[str], None]) -> Section | None:
         return None
     layers, experts = layer_frame(stats), expert_frame(stats)
     blocks = [
-        usage_map(experts),
+        usage_map(experts, measures_of(stats)),
         usage_bars(experts, stats),
         evenness(layers),
-        layer_table(layers),
+        layer_table(layers, drops=drops(stats)),
         *idle_table(stats),
         expert_table(stats),
     ]
+    top_k = max(layer.top_k for layer in stats.layers.values())
+    if top_k > 1:
+        text = f"Each token goes to {top_k} experts and counts once for each: shares are of these choices."
+        blocks.append(Note(text))
     unseen = layers.loc[layers.num_tokens == 0, "layer"]
     if len(unseen):
         blocks.append(Note(f"No token of the calibration data reached {', '.join(unseen)}."))
-    few = layers[layers.num_tokens < FEW * layers.num_experts]
+    few = layers[layers.num_tokens * top_k < FEW * layers.num_experts]
     if len(few):
         blocks.append(
             Note(
@@ -49,6 +54,16 @@ def section(artefacts: Artefacts, say: Callable[[str], None]) -> Section | None:
             )
         )
     return Section("usage", "Expert usage", lead(layers), tuple(blocks))
+
+
+def drops(stats: Stats) -> bool:
+    """Whether tokens over the capacity of their expert are dropped."""
+    return drops_tokens(stats.checkpoint.get("model_type"))
+
+
+def measures_of(stats: Stats) -> dict[str, str]:
+    """Fields of the frame of experts and what they are called; nothing is dispatched or dropped without a capacity."""
+    return {field: label for field, label in MEASURES.items() if drops(stats) or field in ("routed", "gate")}
 
 
 def lead(layers: pd.DataFrame) -> str:
@@ -72,8 +87,8 @@ def expert_frame(stats: Stats) -> pd.DataFrame:
     short = short_names(list(stats.layers))
     frames = []
     for name, layer in stats.layers.items():
-        tokens = max(layer.num_tokens, 1)
         routed = layer.array("routed")
+        tokens = max(int(routed.sum()), 1)
         rank = np.empty(len(routed), dtype=int)
         rank[np.lexsort((np.arange(len(routed)), -routed))] = np.arange(len(routed))
         frame = {
@@ -92,8 +107,8 @@ def expert_frame(stats: Stats) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def usage_map(experts: pd.DataFrame) -> Figure:
-    measure = choice("measure", "Share of", list(MEASURES), list(MEASURES.values()))
+def usage_map(experts: pd.DataFrame, measures: dict[str, str]) -> Figure:
+    measure = choice("measure", "Share of", list(measures), list(measures.values()))
     scale = choice("scale", "Colours", ["linear", "log"])
     order = choice("order", "Experts by", ["index", "usage"])
     layers = list(dict.fromkeys(experts.layer))
@@ -107,7 +122,7 @@ def usage_map(experts: pd.DataFrame) -> Figure:
     tooltip = [
         alt.Tooltip("name:N", title="layer"), alt.Tooltip("expert:Q"),
         alt.Tooltip("tokens:Q", title="routed tokens", format=","),
-        *[alt.Tooltip(f"{field}:Q", title=f"share of {label}", format=".2%") for field, label in MEASURES.items()],
+        *[alt.Tooltip(f"{field}:Q", title=f"share of {label}", format=".2%") for field, label in measures.items()],
     ]  # fmt: skip
     legend = alt.Legend(
         title="share of the layer", orient="top", gradientLength=260,
@@ -138,11 +153,10 @@ def kept_counts(stats: Stats) -> dict[str, list[int]]:
     from msmoe.families import FAMILIES, MoELayer
     from msmoe.planning.grouping import group_counts
 
-    family = FAMILIES.get(stats.checkpoint.get("model_type", ""))
     layers = tuple(
-        MoELayer(name, n.num_experts, n.array("input_sum").shape[1], 0, "") for name, n in stats.layers.items()
+        MoELayer(name, n.num_experts, n.array("input_sum").shape[1], 0, {}) for name, n in stats.layers.items()
     )
-    left = family.default_kept_layers(layers) if family else ()
+    left = {name for family in FAMILIES for name in family.default_kept_layers(layers)}
     usage = {name: layer.usage for name, layer in stats.layers.items() if name not in left}
     full = {layer.name: layer.num_experts for layer in layers}
     average = float(np.mean([len(u) for u in usage.values()])) if usage else 1.0
@@ -201,7 +215,7 @@ def evenness(layers: pd.DataFrame) -> Figure:
     base = alt.Chart(frame).encode(y=y, tooltip=tooltip)
     whole = base.mark_tick(thickness=2, size=ROW - 6, color=GREY).encode(x=alt.X("num_experts:Q", title="experts"))
     bars = base.mark_bar(height=8).encode(
-        x="effective_experts:Q", color=alt.Color("stack:N", title=None, sort=None, legend=alt.Legend(orient="top"))
+        x="effective_experts:Q", color=alt.Color("stack:N", title=None, sort=None, legend=stack_legend(frame["stack"]))
     )
     return Figure(
         "usage-evenness",
@@ -212,7 +226,7 @@ def evenness(layers: pd.DataFrame) -> Figure:
     )
 
 
-def layer_table(layers: pd.DataFrame) -> Table:
+def layer_table(layers: pd.DataFrame, *, drops: bool) -> Table:
     return Table(
         "usage-layers",
         "Usage by layer",
@@ -225,7 +239,7 @@ def layer_table(layers: pd.DataFrame) -> Table:
             Column("used", "used", "integer", "experts that saw a token"),
             Column("cold", "cold", "integer", "used ones with less than a tenth of an equal share"),
             Column("dead", "dead", "integer", "experts without a token"),
-            Column("dropped_share", "dropped", "share", "tokens over capacity"),
+            *([Column("dropped_share", "dropped", "share", "tokens over capacity")] if drops else []),
             Column("largest_share", "largest", "share", "share of the most used expert"),
             Column("entropy", "entropy", "number", "over ln E: 1 is even"),
             Column("gini", "Gini", "number", "0 is even"),
@@ -274,7 +288,7 @@ def expert_table(stats: Stats) -> Table:
             Column("layer", "layer"),
             Column("expert", "expert", "integer"),
             Column("routed", "routed", "integer", "tokens"),
-            Column("dispatched", "dispatched", "integer", "tokens within capacity"),
+            *([Column("dispatched", "dispatched", "integer", "tokens within capacity")] if drops(stats) else []),
             Column("usage_frequency", "usage", "share", "of the layer's routed tokens"),
             Column("gate_mass", "gate mass", "number", "sum of gate values of routed tokens"),
             Column("soft_mass", "soft mass", "number", "sum of router probabilities over all tokens"),

@@ -48,7 +48,10 @@ def grouped_linear(x, weight, offsets, *, transposed=False):
 
 
 class Factors(nn.Module):
-    """G matrices (O, I) as low rank plus kept rows: U (G, O, R), V (G, R, I), S (G, K, I) with row indices (G, K)."""
+    """G matrices (O, I) as low rank plus kept rows: U (G, O, R), V (G, R, I), S (G, K, I) with row indices (G, K).
+
+    The rows of gates lie above those of up-projections, also where the family's own matrices interleave them.
+    """
 
     def __init__(self, num_groups, num_outputs, num_inputs, rank, num_rows):
         super().__init__()
@@ -136,6 +139,8 @@ class Sorted(Mapped):
         weight = getattr(self, name)
         if isinstance(weight, Factors):
             outputs = weight(x, group, offsets)
+            if name == "gate_up_proj" and not getattr(self, "is_concatenated", True):
+                outputs = outputs.unflatten(-1, (2, -1)).mT.flatten(-2)
         else:
             outputs = grouped_linear(x, weight, offsets, transposed=self.is_transposed)
         bias = getattr(self, f"{name}_bias", None)
@@ -178,7 +183,7 @@ def kind_of(experts, spec):
     """
     name, factors, constants = type(experts).__name__, spec.get("factors"), spec.get("constants")
     inputs_scaled, zero_experts = name == "Llama4TextExperts", getattr(experts, "zero_expert_num", 0)
-    if constants and (inputs_scaled or zero_experts):
+    if constants and (inputs_scaled or zero_experts or hasattr(experts, "input_linear")):
         raise ValueError(f"constant outputs are not supported for {name}")
     if inputs_scaled:
         return ScaledInputs

@@ -24,6 +24,7 @@ from msmoe.analysis.report.sections.cost.layers import (
 )
 from msmoe.analysis.report.sections.cost.size import recovery_table, size_blocks
 
+from msmoe.families import drops_tokens
 from msmoe.units import human_bytes
 
 LEAST_ERROR = 5e-4  # of a layer that the lead names
@@ -85,7 +86,7 @@ def layer_blocks(artefacts: Artefacts, costs: Sequence[Cost], layers: pd.DataFra
         lost = lost_experts(costs, artefacts.calibration, count)
         blocks += [error_figure(layers), expert_table(lost, count) if len(lost) else None]
     blocks += [make(layers, costs) for make in (refit_figure, rank_figure, drop_figure)]
-    return [block for block in blocks if block is not None] + [layer_table(layers)]
+    return [block for block in blocks if block is not None] + [layer_table(layers, costs)]
 
 
 def notes(artefacts: Artefacts, costs: Sequence[Cost]) -> list[str]:
@@ -126,6 +127,7 @@ def notes(artefacts: Artefacts, costs: Sequence[Cost]) -> list[str]:
 
 def dropped_notes(costs: Sequence[Cost]) -> list[str]:
     """Which checkpoints say nothing of dropped tokens, or nothing new."""
+    costs = [cost for cost in costs if drops_tokens(cost.folder.summary.model_type)]
     unknown = [cost.label for cost in costs if not cost.folder.provenance.get("drop_rates")]
     rates = [
         rate for cost in costs for rate in cost.folder.provenance.get("drop_rates", {}).values()

@@ -20,6 +20,7 @@ RANK_SECONDS = 1.5  # of one core: where stable ranks would take longer, they ar
 SECONDS_PER_CUBE = 1e-9  # of one matrix, by the cube of its smaller side
 MAX_NAME = 32  # characters of a layer in charts
 NAN = float("nan")
+FRONTS, OUTPUTS = ("wi", "gate_up_proj", "up_proj"), ("wo", "down_proj")  # names of the matrices
 
 
 @dataclass(frozen=True)
@@ -209,8 +210,8 @@ def rank_columns(cost: Cost, name: str, found: LayerError | None) -> dict[str, f
     """Mean stable ranks of a layer's experts before and after, measured, or before factorising from provenance."""
     columns = {}
     matrices = [m for m in cost.folder.provenance.get("factors", {}).get("matrices", ()) if m.get("layer") == name]
-    for matrix, part in (("wi", "front"), ("wo", "output")):
-        mine = [m for m in matrices if m.get("matrix") == matrix]
+    for matrix, part, names in (("wi", "front", FRONTS), ("wo", "output", OUTPUTS)):
+        mine = [m for m in matrices if m.get("matrix") in names]
         before, after = (mean(m.get(key) for m in mine) for key in ("stable_rank_before", "stable_rank"))
         if cost.folder.provenance.get("factors"):
             after = NAN  # the report is of the matrices before they were factorised

@@ -9,6 +9,8 @@ from msmoe.analysis.report.charts import BLUE, COLOURS, GREY, choice
 from msmoe.analysis.report.document import ERROR, ERROR_MEANING, Column, Figure, Table
 from msmoe.analysis.report.sections.cost.data import Cost
 
+from msmoe.families import drops_tokens
+
 ROW = 18  # pixels
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
 PANEL = 300  # pixels
@@ -129,9 +131,16 @@ def refit_figure(layers: pd.DataFrame, costs: Sequence[Cost]) -> Figure | None:
     )  # fmt: skip
 
 
+def matrix_names(costs: Sequence[Cost]) -> tuple[str, str]:
+    """What the two matrices of an expert are called: `wi` and `wo` where all checkpoints have them."""
+    are_switch = all(drops_tokens(cost.folder.summary.model_type) for cost in costs)
+    return ("wi", "wo") if are_switch else ("front", "output")
+
+
 def rank_figure(layers: pd.DataFrame, costs: Sequence[Cost]) -> Figure | None:
     """Stable ranks of either matrix, side by side."""
-    frame = pd.concat([pairs(layers, matrix).assign(matrix=matrix) for matrix in ("wi", "wo")], ignore_index=True)
+    named = dict(zip(("wi", "wo"), matrix_names(costs), strict=True))
+    frame = pd.concat([pairs(layers, m).assign(matrix=name) for m, name in named.items()], ignore_index=True)
     if frame.empty:
         return None
     return dumbbells(
@@ -157,7 +166,12 @@ def drop_figure(layers: pd.DataFrame, costs: Sequence[Cost]) -> Figure | None:
     )  # fmt: skip
 
 
-def layer_table(layers: pd.DataFrame) -> Table:
+def layer_table(layers: pd.DataFrame, costs: Sequence[Cost]) -> Table:
+    front, output = matrix_names(costs)
+    drop_columns = (
+        Column("drop_before", "dropped", "share", "tokens over capacity"),
+        Column("drop_after", "dropped after", "share"),
+    )
     return Table(
         "cost-layers",
         "Cost by layer",
@@ -172,12 +186,11 @@ def layer_table(layers: pd.DataFrame) -> Table:
             Column("rerouted", "rerouted", "share", "tokens that meet another gate value or expert than their own's"),
             Column("refit_before", "before refit", "share", f"{ERROR}; of its refitted groups"),
             Column("refit_after", "after refit", "share", f"{ERROR}; of its refitted groups"),
-            Column("wi_before", "stable rank wi", "number", "of the original experts, mean"),
-            Column("wi_after", "wi after", "number", "of the stored ones"),
-            Column("wo_before", "stable rank wo", "number", "of the original experts, mean"),
-            Column("wo_after", "wo after", "number", "of the stored ones"),
-            Column("drop_before", "dropped", "share", "tokens over capacity"),
-            Column("drop_after", "dropped after", "share"),
+            Column("wi_before", f"stable rank {front}", "number", "of the original experts, mean"),
+            Column("wi_after", f"{front} after", "number", "of the stored ones"),
+            Column("wo_before", f"stable rank {output}", "number", "of the original experts, mean"),
+            Column("wo_after", f"{output} after", "number", "of the stored ones"),
+            *(drop_columns if front == "wi" else ()),
         ),
     )
 

@@ -6,7 +6,7 @@ Shapes: K domains, E experts, P pairs of domains, L layers.
 import altair as alt
 import numpy as np
 import pandas as pd
-from msmoe.analysis.report.charts import INK, SEQUENTIAL, choice, short_names, stack_of
+from msmoe.analysis.report.charts import INK, SEQUENTIAL, choice, short_names, stack_legend, stack_of
 from msmoe.analysis.report.document import Figure
 from msmoe.analysis.report.sections.domains.usage import MAX_PAIRED, Distances, Domains, bounded, mean_of_known, usage
 
@@ -215,7 +215,7 @@ def layer_bars(frame: pd.DataFrame) -> Figure:
     )  # fmt: skip
     bars = base.mark_bar(height=8).encode(
         x=alt.X("bits:Q", title="bits, mean over pairs of domains", axis=alt.Axis(tickCount=6)),
-        color=alt.Color("stack:N", title=None, sort=None, legend=alt.Legend(orient="top")),
+        color=alt.Color("stack:N", title=None, sort=None, legend=stack_legend(frame["stack"])),
     )
     ticks = base.mark_tick(thickness=2, size=ROW - 2, color=INK).encode(x="chance:Q")
     return Figure(
