@@ -114,7 +114,7 @@ def test_layers_with_different_counts_are_refused(tmp_path):
 
 def test_experts_of_an_attention_cannot_be_merged(tmp_path):
     _, checkpoint = saved("jetmoe", tmp_path / "in")
-    with pytest.raises(UserError, match="merges experts, but .*: experts of an attention can be pruned only"):
+    with pytest.raises(UserError, match=r"merges experts, but .*: experts of an attention can be pruned only"):
         apply(checkpoint.path, halves(checkpoint), tmp_path / "out", router="dominant")
     assert not (tmp_path / "out").exists()
 
