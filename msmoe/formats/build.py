@@ -191,13 +191,4 @@ def fill(layout: Layout, request: Request, layer: MoELayer, parts: list[tuple[St
             source = request.family.parts(request.checkpoint, layer.name, group.sole)
             layout.copies.extend(copies_between(source, parts[index]))
         else:
-            check_computed(layer, refits=request.refits)
             layout.merged[layer.name, g] = parts[index]
-
-
-def check_computed(layer: MoELayer, *, refits: bool) -> None:
-    """Raise `UserError` for a layer whose experts cannot be merged, or not refitted."""
-    if layer.merges:
-        raise UserError(f"{layer.name}: {layer.merges}; choose a method that removes experts, without --refit")
-    if refits and layer.refits:
-        raise UserError(f"{layer.name} cannot be refitted: {layer.refits}; choose --no-refit")

@@ -18,7 +18,7 @@ from msmoe.checkpoint import Checkpoint
 from msmoe.compression.router import ROUTERS
 from msmoe.errors import UserError, choose, warn
 from msmoe.families import Family, MoELayer, family_of
-from msmoe.formats.build import EXPORTS, build_export, check_computed
+from msmoe.formats.build import EXPORTS, build_export
 from msmoe.lowrank.choose import check_budget, check_rank, expert_bytes, fixed_shapes
 from msmoe.planning.grouping import REAM_CAPACITY, assign_to_kept, dominant_experts, group_counts, group_experts
 from msmoe.planning.limits import check_layers
@@ -268,8 +268,6 @@ def check_request(
             check_budget(parameters.factors, stored, others=checkpoint.num_bytes - dense + maps, source=checkpoint)
     for layer, count in zip(compressible, counts, strict=True):
         check_capacity(parameters, layer.num_experts, count)
-        if count < layer.num_experts and (parameters.others == "merge" or parameters.refit != "none"):
-            check_computed(layer, refits=parameters.refit != "none")
     if export != "exact" and parameters.others == "mean-output":
         raise UserError(f"--export {export} cannot store mean outputs in place of experts: choose exact")
     if export != "exact" and (kept or parameters.budget != "uniform") and set(counts) != {1}:
