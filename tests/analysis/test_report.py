@@ -227,7 +227,7 @@ def test_a_layer_without_tokens_has_no_shares(stats):
 def test_layers_are_named_by_what_tells_them_apart():
     names = ["encoder.block.1.layer.1.mlp", "encoder.block.3.layer.1.mlp", "decoder.block.1.layer.2.mlp"]
     assert list(short_names(names).values()) == ["encoder 1", "encoder 3", "decoder 1"]
-    assert short_names(["model.layers.3.mlp", "model.layers.10.mlp"])["model.layers.10.mlp"] == "10"
+    assert short_names(["model.layers.3.mlp", "model.layers.10.mlp"])["model.layers.10.mlp"] == "layer 10"
     assert short_names(names[:1]) == {names[0]: names[0]}
 
 
