@@ -166,7 +166,8 @@ APPLY_OPTIONS = (
         help="Default: exact for Switch, native for decoders. "
         "exact: any number of experts per layer, routing as the plan says; native: stock class, needs --budget "
         "uniform --keep-layer none; its routers have fewer rows and other gate values, for which a refit is "
-        "solved: what they cost is measured and printed; dense: a plain T5 from --experts 1 --keep-layer none.",
+        "solved: what they cost is measured and printed, and where tokens have several experts, merging them in it is "
+        "an approximation; dense: a plain T5 from --experts 1 --keep-layer none.",
     ),
     click.option(
         "--router",

@@ -178,7 +178,7 @@ def needs(inner: str, block: Block) -> bool:
 
 def original_config(config: dict) -> dict:
     """The configuration that an `exact` export was made from, as far as the family's own classes read it."""
-    left_out = ("msmoe", "auto_map", "compressed_model_type", "experts_implementation", "per_layer_config")
+    left_out = ("msmoe", "auto_map", "compressed_model_type", "experts_implementation")
     if "msmoe" not in config:
         return config
     return {name: value for name, value in config.items() if name not in left_out} | config["msmoe"].get("original", {})

@@ -203,7 +203,7 @@ class GenericFamily:
     def exact_config(self, checkpoint: Checkpoint, shape: ExactShape) -> dict:
         found = self.discover(checkpoint)
         config = found.config
-        blocks, layers = {}, {}
+        blocks: dict[str, Any] = {}
         for block in found.blocks:
             experts = block.experts.removeprefix(block.name).removeprefix(".")
             entry: dict[str, Any] = {"experts": experts, "groups": shape.num_groups[block.name]}
@@ -219,9 +219,6 @@ class GenericFamily:
                 entry["constants"] = constants
             check_stored(found.model, block, entry)
             blocks[block.name] = entry
-            if number := re.search(r"\.(\d+)(\.|$)", block.name):
-                key = fields_of(config, found.place)[0][-1]
-                layers[number[1]] = {key: shape.num_groups[block.name]}
         base, base_config = type(found.model).__name__, type(found.model.config).__name__
         dropped = bool(self.dropped(checkpoint))
         return (without_predicted_layers(config) if dropped else dict(config)) | {
@@ -230,7 +227,6 @@ class GenericFamily:
             "architectures": ["MsmoeForCausalLM"],
             "auto_map": {"AutoConfig": f"{CODE}.MsmoeConfig", "AutoModelForCausalLM": f"{CODE}.MsmoeForCausalLM"},
             "msmoe": {"base": [base, base_config], "blocks": blocks},
-            "per_layer_config": layers,
         }
 
     def dropped(self, checkpoint: Checkpoint) -> dict[str, str]:
