@@ -231,9 +231,8 @@ def test_layers_are_found_in_forward_order(switch):
     checkpoint = Checkpoint(switch)
     layers = family_of(checkpoint).layers(checkpoint)
     assert tuple(layer.name for layer in layers) == LAYERS
-    assert {(layer.num_experts, layer.d_model, layer.d_ff, layer.dtypes) for layer in layers} == {
-        (6, 16, 24, ("F32", "F32"))
-    }
+    assert {(layer.num_experts, layer.d_model, layer.d_ff) for layer in layers} == {(6, 16, 24)}
+    assert all(layer.dtypes == {"wi": "F32", "output": "F32"} for layer in layers)
 
 
 def test_blocks_beyond_ten_are_ordered_by_number(tmp_path):
