@@ -20,7 +20,7 @@ COMMANDS = {  # in the order of the help, each with its line in it
     "report": "Show what statistics, plans, checkpoints and results say: a page to read, figures for a paper.",
     "methods": "List every method with one line and its source, and the choices that a plan has.",
     "families": "List the Mixture-of-Experts families of the installed transformers and what works with each.",
-    "demo": "The whole story on the embedded checkpoint: profile, plan, apply, factorise, recover, evaluate, report.",
+    "demo": "The whole story on an embedded checkpoint: profile, plan, apply, factorise, recover, evaluate, report.",
 }
 
 

@@ -118,7 +118,7 @@ def listens_to(pid: int, number: int) -> bool:
 @pytest.mark.parametrize("delay", [0.0, 0.3, 1.0])
 def test_a_signal_during_imports_ends_with_one_line_and_its_code(number, word, delay):
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([MSMOE, "methods"], preexec_fn=with_default_signals, **pipes)
+    process = subprocess.Popen([MSMOE, "families"], preexec_fn=with_default_signals, **pipes)
     while process.poll() is None and not listens_to(process.pid, number):  # the interpreter itself has to start first
         time.sleep(0.002)
     time.sleep(delay)
